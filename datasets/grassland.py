@@ -1,0 +1,195 @@
+"""The grassland table: plant diversity of plots beside their Sentinel-2 year.
+
+One row is a plot in a year: three diversity indices and 160 predictors
+`<band>_<step>`, surface reflectance x 10 000 of 10 bands at 16 time steps, bands
+fastest within a step. The real table was published with Dieste et al., "ResNeTS",
+IEEE JSTARS 2024 (Biodiversity Exploratories, BExIS accessions 30969 and 27386).
+"""
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit
+
+from datasets.demo_table import simulate_table
+from utils.errors import InputError
+
+BANDS = ("blue", "green", "red", "nir", "nirb", "re1", "re2", "re3", "swir1", "swir2")
+STEPS = 16
+PREDICTORS = [f"{band}_{step}" for step in range(STEPS) for band in BANDS]
+KEYS = ["year", "ep", "yep", "explo"]
+STUDY_VARIABLES = ("SpecRichness", "Shannon", "Simpson")
+SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory")
+FOLDS = 5
+
+# Plots with trees, whose spectra are not those of grassland.
+TREE_PLOTS = [f"AEG{n:02d}" for n in (7, 9, 25, 26, 27, 47, 48)] + [f"HEG{n:02d}" for n in (9, 21, 24, 43)]
+# Plots of the Schorfheide whose 2018 records are outliers.
+OUTLIERS_2018 = [
+    f"SEG{n:02d}" for n in (8, 10, 11, 12, 16, 18, 19, 20, 31, 33, 35, 36, 38, 39, 40, 41, 44, 45, 46, 49, 50)
+]
+
+
+class Table(NamedTuple):
+    """A table as read: its rows, what to call it, and what it was read from."""
+
+    rows: pd.DataFrame
+    name: str
+    sha256: str
+    simulated: bool
+
+
+class Samples(NamedTuple):
+    """The rows an experiment uses; row ids are positions in these arrays.
+
+    Attributes:
+        keys: columns year, ep, yep, explo; one row a sample.
+        x: (sample, band, step) float64, reflectance x 10 000.
+        y: (sample,) float64, the study variable.
+        dropped: why rows were left out, with their number.
+    """
+
+    keys: pd.DataFrame
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    dropped: dict[str, int]
+
+
+class Split(NamedTuple):
+    """Row ids of one fold."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def demo_table() -> Table:
+    """The simulated table of `datasets.demo_table`."""
+    rows = simulate_table()
+    digest = hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+    return Table(rows, "simulated table", digest, simulated=True)
+
+
+def read_table(path: Path) -> Table:
+    """Read an .xlsx, .csv or .parquet table and check its columns.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or its columns or values are not those of a grassland table.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; an .xlsx, .csv or .parquet table is expected")
+    readers = {".xlsx": pd.read_excel, ".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} has the ending {path.suffix!r}; .xlsx, .csv or .parquet is expected")
+    try:
+        rows = reader(path)
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as a {path.suffix} table, it may be truncated: {reason}") from error
+    check_table(rows, path)
+    return Table(rows, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), simulated=False)
+
+
+def check_table(rows: pd.DataFrame, path: Path) -> None:
+    """Refuse a table that training would misread.
+
+    Missing values pass: rows that have one are dropped later and counted.
+
+    Raises:
+        InputError: a column is absent, a value is text or infinite, or a key appears twice.
+    """
+    required = [*KEYS, *PREDICTORS]
+    missing = [column for column in required if column not in rows.columns]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{path} has no column {missing[0]!r}{more}; expected are {', '.join(KEYS)}, a study variable "
+            f"and {len(PREDICTORS)} predictors {PREDICTORS[0]} to {PREDICTORS[-1]}"
+        )
+    for column in [*PREDICTORS, *(name for name in STUDY_VARIABLES if name in rows.columns)]:
+        numbers = pd.to_numeric(rows[column], errors="coerce")
+        wrong = (numbers.isna() & rows[column].notna()) | np.isinf(numbers)
+        if wrong.any():
+            position = int(np.flatnonzero(wrong)[0])
+            # A spreadsheet's first data row is row 2.
+            raise InputError(
+                f"{path}, row {position + 2} (yep {rows['yep'].iloc[position]}), column {column!r}: "
+                f"'{rows[column].iloc[position]}' is not a finite number"
+            )
+    repeated = rows.loc[rows["yep"].duplicated() & rows["yep"].notna(), "yep"]
+    if len(repeated):
+        raise InputError(f"{path}: yep {repeated.iloc[0]!r} appears more than once; one row a plot and year is expected")
+
+
+def prepare(table: Table, study_variable: str) -> Samples:
+    """Select the rows of an experiment, as published.
+
+    Raises:
+        InputError: the study variable's column is absent or no row is left.
+    """
+    if study_variable not in table.rows.columns:
+        raise InputError(f"{table.name} has no column {study_variable!r}, the study variable asked for")
+    rows = table.rows.sort_values("yep", kind="stable")
+    numbers = [study_variable, *PREDICTORS]
+    rows = rows[[*KEYS, *numbers]].astype(dict.fromkeys(numbers, np.float64))
+    dropped = {}
+    for reason, unwanted in (
+        ("missing value", lambda frame: frame.isna().any(axis=1)),
+        ("plot with trees", lambda frame: frame["ep"].isin(TREE_PLOTS)),
+        ("outlier of 2018", lambda frame: (frame["year"] == 2018) & frame["ep"].isin(OUTLIERS_2018)),
+    ):
+        drop = unwanted(rows)
+        dropped[reason] = int(drop.sum())
+        rows = rows[~drop]
+    if rows.empty:
+        raise InputError(f"{table.name} has no complete row for {study_variable}")
+    x = rows[PREDICTORS].to_numpy().reshape(-1, STEPS, len(BANDS)).transpose(0, 2, 1)
+    return Samples(rows[KEYS].reset_index(drop=True), x, rows[study_variable].to_numpy(), dropped)
+
+
+def split(samples: Samples, procedure: str, seed: int) -> list[Split]:
+    """Cross-validation folds; no plot is on two sides of a fold.
+
+    `split_by_plot` is a 5-fold GroupKFold over the plots; `split_by_observatory`
+    tests on each observatory in turn, in order of first appearance. The
+    validation part is a fifth of the training plots, drawn from the seed.
+
+    Raises:
+        InputError: too few plots or observatories, or a fold that cannot train.
+    """
+    plots = samples.keys["ep"].to_numpy()
+    observatories = samples.keys["explo"].to_numpy()
+    ids = np.arange(len(plots), dtype=np.int64)
+    if procedure == "split_by_plot":
+        if len(np.unique(plots)) < FOLDS:
+            raise InputError(f"the table has {len(np.unique(plots))} plots; split_by_plot needs at least {FOLDS}")
+        outer = list(GroupKFold(FOLDS).split(ids, groups=plots))
+    else:
+        names = list(dict.fromkeys(observatories))
+        if len(names) < 2:
+            raise InputError(f"the table has one observatory ({names[0]}); split_by_observatory needs at least 2")
+        outer = [(ids[observatories != name], ids[observatories == name]) for name in names]
+    folds = []
+    for number, (rest, test) in enumerate(outer, start=1):
+        if len(np.unique(plots[rest])) < 2:
+            raise InputError(
+                f"fold {number} has {len(np.unique(plots[rest]))} plots to train and validate on; 2 are needed"
+            )
+        inner = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=seed)
+        train, validation = next(inner.split(rest, groups=plots[rest]))
+        fold = Split(rest[train], rest[validation], test)
+        targets = samples.y[fold.train]
+        if len(targets) < 2 or np.ptp(targets) == 0:
+            raise InputError(
+                f"fold {number} has {len(targets)} training rows with {len(np.unique(targets))} different target "
+                f"values; a varying target is needed"
+            )
+        folds.append(fold)
+    return folds

@@ -1,0 +1,68 @@
+"""What several test files share: where the real table is, golden numbers, running a script as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+REAL_TABLES = (PROJECT / "data" / "dataset.xlsx", PROJECT.parent / "shared" / "data" / "grassland" / "dataset.xlsx")
+
+# Flags of main.py that the architectures read, at their defaults.
+DEFAULTS = {
+    "bottleneck_factor": 4,
+    "kernel_size": 5,
+    "num_blocks_per_stage": (1, 1, 1, 1),
+    "num_channels": (64, 64, 64, 64),
+    "num_filters": 64,
+    "shortcut_pooling": True,
+    "stem_channels": 96,
+    "strides": (1, 1, 2, 1),
+    "lr": 0.001,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-6,
+    "weight_decay": 0.001,
+    "original_training": False,
+}
+
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def golden(name: str) -> Any:
+    """Reference numbers of `tests/golden`."""
+    return json.loads((PROJECT / "tests" / "golden" / f"{name}.json").read_text())
+
+
+def environment() -> dict[str, str]:
+    """The environment of a script under test: no Guild run around it."""
+    ours = ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR", "DEVICE")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@pytest.fixture
+def real_table() -> Path:
+    """The published table; tests that need it are skipped where it is absent."""
+    for path in REAL_TABLES:
+        if path.exists():
+            return path
+    pytest.skip("the real grassland table is absent (make data downloads it)")
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Runner:
+    """Run a script of the project in the test's own folder, `flag=value` as in Guild."""
+
+    def run(script: str, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
+        options = {"cwd": tmp_path, "env": environment(), "timeout": 300, **options}
+        return subprocess.run(
+            [sys.executable, str(PROJECT / script), *arguments], capture_output=True, text=True, check=False, **options
+        )
+
+    return run

@@ -1,0 +1,146 @@
+"""The stacked layers give what PyTorch's plain layers give, network by network."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.stacked_layers import (
+    BatchNorm,
+    Conv,
+    Dropout,
+    average_steps,
+    load_network_state,
+    network_state,
+    set_dropout_generators,
+    set_product_dtype,
+)
+
+NETWORKS, STEPS, SAMPLES = 3, 16, 5
+
+
+def plain(x: Tensor, network: int) -> Tensor:
+    """(network, step, sample, channel) to one network's (sample, channel, step)."""
+    return x[network].permute(1, 2, 0)
+
+
+def random_input(channels: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(NETWORKS, STEPS, SAMPLES, channels, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(1, 1, None), (5, 1, None), (8, 1, None), (2, 1, None), (5, 2, (2, 2)), (1, 2, (0, 0)), (8, 1, (4, 4)), (3, 3, (1, 1))],
+)
+def test_convolution_and_its_gradients_are_those_of_conv1d(kernel: int, stride: int, padding: tuple[int, int] | None) -> None:
+    conv = Conv(NETWORKS, 4, 6, kernel, stride, padding).double()
+    nn.init.normal_(conv.weight)
+    x = random_input(4).requires_grad_()
+    y = conv(x)
+    upstream = torch.randn_like(y)
+    dx, dweight = torch.autograd.grad(y, (x, conv.weight), upstream)
+    for network in range(NETWORKS):
+        one = plain(x, network).detach().requires_grad_()
+        weight = network_state(conv, network)["weight"].requires_grad_()
+        expected = F.conv1d(F.pad(one, conv.padding), weight, stride=stride)
+        torch.testing.assert_close(plain(y, network), expected)
+        expected_dx, expected_dweight = torch.autograd.grad(expected, (one, weight), plain(upstream, network))
+        torch.testing.assert_close(plain(dx, network), expected_dx)
+        torch.testing.assert_close(dweight[network].permute(2, 1, 0), expected_dweight)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(5, 1), (8, 1), (5, 2), (1, 2)])
+def test_low_precision_products_follow_the_same_convolution(kernel: int, stride: int) -> None:
+    conv = Conv(NETWORKS, 32, 16, kernel, stride)
+    nn.init.normal_(conv.weight, std=0.1)
+    x = random_input(32).float().requires_grad_()
+    y = conv(x)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, conv.weight), upstream)
+    set_product_dtype(conv, torch.bfloat16)
+    low = conv(x)
+    assert low.dtype == torch.float32
+    for exact, rounded in zip((y, *gradients), (low, *torch.autograd.grad(low, (x, conv.weight), upstream)), strict=True):
+        # bfloat16 keeps 8 bits: single products are off by up to 2^-8, their sums by less.
+        assert (rounded - exact).norm() / exact.norm() < 2**-7
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_and_its_gradients_are_those_of_batch_norm_1d(relu: bool) -> None:
+    norm = BatchNorm(NETWORKS, 4, eps=1e-3, momentum=0.01).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = random_input(4).requires_grad_()
+    plain_norms = []
+    for network in range(NETWORKS):
+        reference = nn.BatchNorm1d(4, eps=1e-3, momentum=0.01).double()
+        reference.load_state_dict({**network_state(norm, network), "num_batches_tracked": torch.tensor(0)})
+        plain_norms.append(reference)
+    y = norm(x, relu=relu)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, norm.weight, norm.bias), upstream)
+    for network, reference in enumerate(plain_norms):
+        one = plain(x, network).detach().requires_grad_()
+        expected = reference(one).relu() if relu else reference(one)
+        torch.testing.assert_close(plain(y, network), expected)
+        wanted = torch.autograd.grad(expected, (one, reference.weight, reference.bias), plain(upstream, network))
+        torch.testing.assert_close(plain(gradients[0], network), wanted[0])
+        torch.testing.assert_close(gradients[1][network], wanted[1])
+        torch.testing.assert_close(gradients[2][network], wanted[2])
+        torch.testing.assert_close(norm.running_mean[network], reference.running_mean)
+        torch.testing.assert_close(norm.running_var[network], reference.running_var)
+    norm.eval()
+    for network, reference in enumerate(plain_norms):
+        torch.testing.assert_close(plain(norm(x), network), reference.eval()(plain(x, network)))
+
+
+def test_padding_of_a_ragged_batch_changes_nothing() -> None:
+    rows = [5, 3, 0]
+    mask = torch.tensor([[float(sample < count) for sample in range(SAMPLES)] for count in rows], dtype=torch.float64)
+    norm = BatchNorm(NETWORKS, 4).double()
+    before = norm.running_mean.clone()
+    x = random_input(4).requires_grad_()
+    y = norm(x, mask, relu=True)
+    upstream = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    for network, count in enumerate(rows[:2]):
+        alone = BatchNorm(1, 4).double()
+        one = x[network : network + 1, :, :count].detach().requires_grad_()
+        expected = alone(one, relu=True)
+        torch.testing.assert_close(y[network : network + 1, :, :count], expected)
+        (wanted,) = torch.autograd.grad(expected, one, upstream[network : network + 1, :, :count])
+        torch.testing.assert_close(dx[network : network + 1, :, :count], wanted)
+        torch.testing.assert_close(norm.running_var[network], alone.running_var[0])
+        assert not y[network, :, count:].any() and not dx[network, :, count:].any()
+    torch.testing.assert_close(norm.running_mean[2], before[2])
+    assert torch.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 16])
+def test_average_of_steps_counts_only_steps_that_exist(stride: int) -> None:
+    x = random_input(2)
+    expected = F.avg_pool1d(plain(x, 0), stride, ceil_mode=True, count_include_pad=False)
+    torch.testing.assert_close(plain(average_steps(x, stride), 0), expected)
+
+
+def test_dropout_of_a_network_does_not_depend_on_its_stack() -> None:
+    dropout = Dropout(0.4)
+    x = torch.ones(NETWORKS, STEPS, SAMPLES, 50)
+    set_dropout_generators(dropout, [torch.Generator().manual_seed(n) for n in range(NETWORKS)])
+    together = dropout(x)
+    set_dropout_generators(dropout, [torch.Generator().manual_seed(2)])
+    torch.testing.assert_close(dropout(x[2:]), together[2:])
+    assert abs(together.mean().item() - 1) < 0.05
+    assert abs((together == 0).float().mean().item() - 0.4) < 0.05
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_a_network_state_survives_the_way_through_the_plain_layout() -> None:
+    conv = Conv(2, 3, 4, 5, bias=True)
+    nn.init.normal_(conv.weight)
+    nn.init.normal_(conv.bias)
+    state = network_state(conv, 0)
+    assert state["weight"].shape == (4, 3, 5)
+    load_network_state(conv, 1, state)
+    assert torch.equal(conv.weight[0], conv.weight[1]) and torch.equal(conv.bias[0], conv.bias[1])

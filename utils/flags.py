@@ -1,0 +1,100 @@
+"""Types of command-line flags: each turns a flag's text into a value or says what was expected."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+def yes_no(text: str) -> bool:
+    """Yes, true and 1 are true; no, false and 0 are false."""
+    lowered = text.strip().lower()
+    if lowered in ("yes", "true", "1"):
+        return True
+    if lowered in ("no", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no (yes/no/true/false/1/0)")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number from `least` on, up to `most` where given."""
+    expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{value} is not {expected}")
+        return value
+
+    return parse
+
+
+def number(least: float, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
+    """A finite number from `least` (or above it, if exclusive) to below `below`."""
+    start = f"above {least:g}" if exclusive else f"of at least {least:g}"
+    expected = f"a number {start}" + (f" and below {below:g}" if math.isfinite(below) else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+        if not (math.isfinite(value) and least <= value < below) or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+        return value
+
+    return parse
+
+
+def whole_list(length: int) -> Callable[[str], tuple[int, ...]]:
+    """`length` positive whole numbers in one text, separated by spaces or commas."""
+    expected = f"{length} whole numbers of at least 1, such as {' '.join(['1'] * length)!r}"
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(int(part) for part in text.replace(",", " ").split())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+        if len(values) != length:
+            raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; expected are {expected}")
+        if min(values) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} has a number below 1; expected are {expected}")
+        return values
+
+    return parse
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose flags have types with ranges, and whose errors are one sentence with exit code 2.
+
+    The types are applied after parsing: Guild imports the flags from argparse and knows no types but Python's own.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self.types: dict[str, Callable[[str], Any]] = {}
+
+    def flag(
+        self, name: str, type: Callable[[str], Any], default: object, help: str, choices: Sequence[str] | None = None
+    ) -> None:
+        """Declare a flag; its value is `type(text)`."""
+        self.add_argument(f"--{name}", default=default, help=help, choices=choices, metavar=None if choices else "")
+        self.types[name] = type
+
+    def parse_flags(self) -> dict[str, Any]:
+        """The command line's flags by name."""
+        flags = vars(self.parse_args())
+        for name, type_of in self.types.items():
+            try:
+                flags[name] = type_of(str(flags[name]))
+            except argparse.ArgumentTypeError as error:
+                self.error(f"{name}: {error}")
+        return flags
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave."""
+        self.exit(2, f"{self.prog}: {message}\n")
+        raise AssertionError("exit returned")

@@ -1,0 +1,143 @@
+"""The folder of a run: files that appear whole or not at all, checkpoints, and how to take a run up again."""
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from utils.errors import InputError
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def project_folder() -> Path:
+    """Where the project lies; a Guild run executes a copy of the scripts elsewhere and is told."""
+    return Path(os.environ.get("PROJECT_DIR") or Path(__file__).resolve().parent.parent)
+
+
+def called_from() -> Path:
+    """The folder that relative paths on the command line refer to; a Guild run has another working directory."""
+    return Path(os.environ.get("CMD_DIR") or Path.cwd())
+
+
+def how_to_resume() -> str:
+    """The command that takes an interrupted run up again."""
+    run = os.environ.get("RUN_ID")
+    return f"guild run --restart {run[:8]}" if run else "the same command in the same folder"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, put in its place when the block succeeds and removed when it fails.
+
+    Raises:
+        InputError: the file cannot be written, for a full disk say.
+    """
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}; nothing was left half-written") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write tensors whole as safetensors, with a JSON record under `record` in the file's metadata."""
+    content = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"record": json.dumps(record)},
+    )
+    with whole_file(path) as beside:
+        beside.write_bytes(content)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a file of `write_tensors`.
+
+    Raises:
+        InputError: the file is not one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["record"])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a file of weights that this project wrote: {error}") from error
+
+
+def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other flags or another table than it started with.
+
+    Raises:
+        InputError: something differs.
+    """
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{path} continues a run with {name}={before.get(name)}, but {name}={value} was given; "
+                f"start a new run for other settings"
+            )
+
+
+def run_or_explain(main: Callable[[], None]) -> None:
+    """Run a script's main function; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n[*] Interrupted; to go on from the last saved epoch: {how_to_resume()}", file=sys.stderr)
+        sys.stderr.flush()
+        # No clean-up may hold the user up: worker threads and event files are of no more use.
+        os._exit(130)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks instead of returning them to the system.
+
+    A training step frees and takes the same few megabytes again and again; each
+    return costs page faults that take longer than the arithmetic on the block.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**25)  # the most that mmap_threshold accepts
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name} is not one of auto, cpu, cuda or cuda:N") from None
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+        return device
+    if device.type != "cuda":
+        raise InputError(f"device={name} is not one of auto, cpu, cuda or cuda:N")
+    raise InputError(f"device={name} was asked for, but {torch.cuda.device_count()} CUDA devices are present; use device=cpu")
