@@ -22,9 +22,10 @@ lengths, so the last batch of an epoch has fewer real rows for some of them.
 all rows are real. Padding never enters batch statistics or gradients.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,61 +103,71 @@ def average_steps(x: Tensor, stride: int) -> Tensor:
     return torch.cat([pooled, x[:, whole:].mean(1, keepdim=True)], dim=1)
 
 
-def _tap_ranges(steps_in: int, steps_out: int, kernel: int, stride: int, left: int) -> list[tuple[int, int, int, int]]:
-    """(tap, first output step, end of output steps, first input step) of each tap that meets data."""
-    ranges = []
+class _Tap(NamedTuple):
+    """The part of a convolution that one tap does, in rows of (step x sample)."""
+
+    tap: int
+    first_out: int
+    first_in: int
+    rows: int
+
+
+@functools.lru_cache(maxsize=256)
+def _taps(steps_in: int, steps_out: int, samples: int, kernel: int, left: int) -> list[_Tap]:
+    """Taps that meet data, at stride 1; the one that covers most output steps first."""
+    taps = []
     for tap in range(kernel):
-        first = max(0, math.ceil((left - tap) / stride))
-        end = min(steps_out, (steps_in - 1 + left - tap) // stride + 1)
+        first, end = max(0, left - tap), min(steps_out, steps_in + left - tap)
         if end > first:
-            ranges.append((tap, first, end, stride * first + tap - left))
-    return ranges
-
-
-def _slab(x: Tensor, first: int, count: int, stride: int = 1) -> Tensor:
-    """`count` steps of x as (network, step x sample, channel); a view where the steps are adjacent."""
-    return x[:, first : first + stride * (count - 1) + 1 : stride].flatten(1, 2)
+            taps.append(_Tap(tap, first * samples, (first + tap - left) * samples, (end - first) * samples))
+    return sorted(taps, key=lambda tap: -tap.rows)
 
 
 class _TapConvolution(torch.autograd.Function):
-    """Convolution over the steps, one batched matrix product a tap, summed in place."""
+    """Convolution over the steps at stride 1, one batched matrix product a tap, summed in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, left: int, steps_out: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, left: int, steps_out: int) -> Tensor:
         networks, steps, samples, _ = x.shape
-        ctx.taps = _tap_ranges(steps, steps_out, weight.shape[1], stride, left)
-        ctx.stride = stride
+        ctx.taps = _taps(steps, steps_out, samples, weight.shape[1], left)
         ctx.save_for_backward(x, weight)
-        y = x.new_zeros(networks, steps_out, samples, weight.shape[3])
-        for tap, first, end, start in ctx.taps:
-            y[:, first:end].flatten(1, 2).baddbmm_(_slab(x, start, end - first, stride), weight[:, tap])
-        return y
+        rows, weights = x.flatten(1, 2), weight.unbind(1)
+        y = x.new_empty(networks, steps_out * samples, weight.shape[3])
+        whole = ctx.taps[0].rows == y.shape[1]
+        if not whole:
+            y.zero_()
+        for index, (tap, first_out, first_in, count) in enumerate(ctx.taps):
+            beta = 0 if index == 0 and whole else 1
+            y.narrow(1, first_out, count).baddbmm_(rows.narrow(1, first_in, count), weights[tap], beta=beta)
+        return y.unflatten(1, (steps_out, samples))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dy = gradients[0].contiguous()
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight)
-        for tap, first, end, start in ctx.taps:
-            count = end - first
-            rows_dy = _slab(dy, first, count)
-            dweight[:, tap].baddbmm_(_slab(x, start, count, ctx.stride).transpose(1, 2), rows_dy)
-            if dx is None:
-                continue
-            weight_back = weight[:, tap].transpose(1, 2)
-            if ctx.stride == 1:
-                dx[:, start : start + count].flatten(1, 2).baddbmm_(rows_dy, weight_back)
-            else:
-                last = start + ctx.stride * (count - 1) + 1
-                dx[:, start : last : ctx.stride] += torch.bmm(rows_dy, weight_back).unflatten(1, (count, x.shape[2]))
-        return dx, dweight, None, None, None
+        rows_back, weights_back = x.flatten(1, 2).transpose(1, 2), weight.transpose(2, 3).unbind(1)
+        dy = gradients[0].contiguous().flatten(1, 2)
+        dx = torch.empty_like(x).flatten(1, 2) if ctx.needs_input_grad[0] else None
+        whole = ctx.taps[0].rows == x.shape[1] * x.shape[2]
+        if dx is not None and not whole:
+            dx.zero_()
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if len(ctx.taps) < weight.shape[1]:
+            dweight.zero_()
+        dweights = dweight.unbind(1)
+        for index, (tap, first_out, first_in, count) in enumerate(ctx.taps):
+            upstream = dy.narrow(1, first_out, count)
+            dweights[tap].baddbmm_(rows_back.narrow(2, first_in, count), upstream, beta=0)
+            if dx is not None:
+                beta = 0 if index == 0 and whole else 1
+                dx.narrow(1, first_in, count).baddbmm_(upstream, weights_back[tap], beta=beta)
+        return None if dx is None else dx.view_as(x), dweight, None, None
 
 
 def _unfolded_convolution(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
-    """The same convolution as one product with an unfolded input, so that all taps are summed before rounding.
+    """Convolution as one product with an unfolded input.
 
-    In bfloat16 a product a tap would round each partial sum to 8 bits.
+    For strides, where the steps of a tap are not adjacent, and for bfloat16, where a
+    product a tap would round each partial sum to 8 bits.
     """
     kernel = weight.shape[1]
     padded = F.pad(x, (0, 0, 0, 0, *padding))
@@ -173,45 +184,46 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.flatten(1, 2)
-        count: Tensor | float = float(rows.shape[1])
+        count: Tensor | int = rows.shape[1]
         row_mask = None
         if mask is not None:
             row_mask = mask.repeat(1, x.shape[1]).unsqueeze(2)
-            count = row_mask.sum(1).clamp_min(1)
+            count = row_mask.sum(1, keepdim=True).clamp_min(1)
             rows = rows * row_mask
-        mean = rows.sum(1) / count
-        centred = rows - mean.unsqueeze(1)
+        mean = rows.sum(1, keepdim=True).div_(count)
+        normed = rows - mean
         if row_mask is not None:
-            centred *= row_mask
-        variance = (centred * centred).sum(1) / count
-        rstd = (variance + eps).rsqrt()
-        normed = centred.mul_(rstd.unsqueeze(1))
-        y = torch.addcmul(bias.unsqueeze(1), normed, weight.unsqueeze(1))
+            normed *= row_mask
+        variance = (normed * normed).sum(1, keepdim=True).div_(count)
+        rstd = (variance + eps).rsqrt_()
+        normed *= rstd
+        weight = weight.unsqueeze(1)
+        y = torch.addcmul(bias.unsqueeze(1), normed, weight)
         if relu:
             y.relu_()
         if row_mask is not None:
             y *= row_mask
         ctx.relu, ctx.count, ctx.row_mask = relu, count, row_mask
-        ctx.save_for_backward(normed, weight, rstd, y if relu else normed)
+        ctx.save_for_backward(normed, weight * rstd, y if relu else normed)
         ctx.mark_non_differentiable(mean, variance)
         return y.view_as(x), mean, variance
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        normed, weight, rstd, y = ctx.saved_tensors
+        normed, scale, y = ctx.saved_tensors
         dy = gradients[0].flatten(1, 2)
         if ctx.relu:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
         if ctx.row_mask is not None:
             dy = dy * ctx.row_mask
-        dbias = dy.sum(1)
-        dweight = (dy * normed).sum(1)
-        scale = weight * rstd
-        dx = torch.addcmul((-scale * dbias / ctx.count).unsqueeze(1), dy, scale.unsqueeze(1))
-        dx.addcmul_(normed, (-scale * dweight / ctx.count).unsqueeze(1))
+        dbias = dy.sum(1, keepdim=True)
+        dweight = (dy * normed).sum(1, keepdim=True)
+        share = scale / -ctx.count
+        dx = torch.addcmul(share * dbias, dy, scale)
+        dx.addcmul_(normed, share * dweight)
         if ctx.row_mask is not None:
             dx *= ctx.row_mask
-        return dx.view_as(gradients[0]), dweight, dbias, None, None, None
+        return dx.view_as(gradients[0]), dweight.squeeze(1), dbias.squeeze(1), None, None, None
 
 
 class Conv(nn.Module):
@@ -243,13 +255,12 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(network, step, sample, channel in) to (network, step out, sample, channel out)."""
-        if self.product == torch.float32:
-            left, right = self.padding
-            steps_out = (x.shape[1] + left + right - self.weight.shape[1]) // self.stride + 1
-            y = _TapConvolution.apply(x.contiguous(), self.weight, self.stride, left, steps_out)
+        if self.stride == 1 and self.product == torch.float32:
+            steps_out = x.shape[1] + sum(self.padding) - self.weight.shape[1] + 1
+            y = _TapConvolution.apply(x.contiguous(), self.weight, self.padding[0], steps_out)
         else:
-            x_low, weight_low = x.to(self.product), self.weight.to(self.product)
-            y = _unfolded_convolution(x_low, weight_low, self.stride, self.padding).to(x.dtype)
+            product = x.dtype if self.product == torch.float32 else self.product
+            y = _unfolded_convolution(x.to(product), self.weight.to(product), self.stride, self.padding).to(x.dtype)
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
@@ -276,15 +287,15 @@ class BatchNorm(nn.Module):
             return y.relu() if relu else y
         y, mean, variance = _BatchNorm.apply(x.contiguous(), self.weight, self.bias, mask, self.eps, relu)
         with torch.no_grad():
-            if mask is None:
-                count = x.shape[1] * x.shape[2]
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
-            else:
-                counts = mask.sum(1, keepdim=True) * x.shape[1]
-                momentum = self.momentum * (counts > 0).to(mean)
-                self.running_mean.lerp_(mean, momentum.expand_as(mean))
-                self.running_var.lerp_(variance * (counts / (counts - 1).clamp_min(1)), momentum.expand_as(mean))
+            momentum: float | Tensor = self.momentum
+            count: float | Tensor = float(x.shape[1] * x.shape[2])
+            unbias: float | Tensor = count / max(count - 1, 1)
+            if mask is not None:
+                count = mask.sum(1, keepdim=True) * x.shape[1]
+                momentum = (self.momentum * (count > 0).to(mean)).expand_as(self.running_mean)
+                unbias = count / (count - 1).clamp_min(1)
+            self.running_mean.lerp_(mean.squeeze(1), momentum)
+            self.running_var.lerp_(variance.squeeze(1) * unbias, momentum)
         return y
 
 
