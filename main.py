@@ -39,7 +39,7 @@ from datasets.grassland import (
 from models import ESTIMATORS, NETWORKS, make_stack, own_flags
 from utils import figures
 from utils.errors import InputError
-from utils.flags import FlagParser, number, whole, whole_list, yes_no
+from utils.flags import FlagParser, real, whole, whole_list, yes_no
 from utils.metrics import Scores, score
 from utils.network_summary import summarise
 from utils.recipes import recipe_for
@@ -72,17 +72,17 @@ ESTIMATOR_MEMBERS = 3  # purpose of a generator: seeds of the members of a Rocke
 
 parser = FlagParser(prog="main.py", description=__doc__)
 parser.flag("batch_size", whole(1), 32, "rows of a training batch")
-parser.flag("beta1", number(0, below=1), 0.9, "AdamW: decay of the gradient's mean")
-parser.flag("beta2", number(0, below=1), 0.999, "AdamW: decay of the squared gradient's mean")
+parser.flag("beta1", real(0, below=1), 0.9, "AdamW: decay of the gradient's mean")
+parser.flag("beta2", real(0, below=1), 0.999, "AdamW: decay of the squared gradient's mean")
 parser.flag("bottleneck_factor", whole(1), 4, "InceptionTime: channels into a bottleneck over channels out of it")
 parser.flag(
     "dataset", str, "grassland", "grassland (data/dataset.xlsx), demo (simulated), or a path to an .xlsx, .csv or .parquet"
 )
 parser.flag("ensemble_count", whole(1), 1, "networks of a fold, whose predictions are averaged")
 parser.flag("epochs", whole(1), 1500, "most training epochs after warm-up")
-parser.flag("eps", number(0, exclusive=True), 1e-6, "AdamW: added to the root of the mean squared gradient")
+parser.flag("eps", real(0, exclusive=True), 1e-6, "AdamW: added to the root of the mean squared gradient")
 parser.flag("kernel_size", whole(1), 5, "ResNet18T: time steps that a convolution sees, odd")
-parser.flag("lr", number(0), 0.001, "AdamW: learning rate after warm-up")
+parser.flag("lr", real(0), 0.001, "AdamW: learning rate after warm-up")
 parser.flag("model", str, "ResNet18T", "architecture", choices=[*NETWORKS, *ESTIMATORS])
 parser.flag("num_blocks_per_stage", whole_list(4), "1 1 1 1", "ResNet18T: blocks of each of the 4 stages")
 parser.flag("num_channels", whole_list(4), "64 64 64 64", "ResNet18T: channels of each of the 4 stages")
@@ -99,7 +99,7 @@ parser.flag("stem_channels", whole(1), 96, "ResNet18T: channels out of the stem"
 parser.flag("strides", whole_list(4), "1 1 2 1", "ResNet18T: stride, in time steps, of each of the 4 stages")
 parser.flag("study_var", str, STUDY_VARIABLES[0], "diversity index to predict", choices=STUDY_VARIABLES)
 parser.flag("warmup_epochs", whole(0), 150, "epochs of linearly rising learning rate before training")
-parser.flag("weight_decay", number(0), 0.001, "AdamW: decoupled weight decay")
+parser.flag("weight_decay", real(0), 0.001, "AdamW: decoupled weight decay")
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
 
 
@@ -134,7 +134,9 @@ def main() -> None:
     if flags["model"] in NETWORKS:
         make_stack(flags["model"], 1, len(BANDS), STEPS, flags)  # refuses flags that do not fit before anything is loaded
     elif flags["ensemble_count"] > 1 and not ESTIMATORS[flags["model"]].has_random_part:
-        raise InputError(f"ensemble_count={flags['ensemble_count']}: {flags['model']} has no random part, only 1 makes sense")
+        raise InputError(
+            f"ensemble_count={flags['ensemble_count']}: {flags['model']} has no random part, only 1 makes sense"
+        )
 
     table = load_table(flags["dataset"])
     samples = prepare(table, flags["study_var"])
@@ -282,7 +284,7 @@ def report_data(table: Table, samples: Samples, splits: Sequence[Split]) -> None
 def train_networks(run: Run) -> None:
     """Train all folds and members as one stack, each fold until its own stop; finished folds are tested at once."""
     flags, members = run.flags, run.flags["ensemble_count"]
-    numbers = [number for number in range(1, len(run.splits) + 1)]
+    numbers = list(range(1, len(run.splits) + 1))
     folds = []
     for number in numbers:
         x, y = (torch.from_numpy(np.ascontiguousarray(values)) for values in run.fold_data(number))
@@ -468,7 +470,8 @@ def fit_estimators(run: Run) -> None:
             fold = run.splits[number - 1]
             x, y = run.fold_data(number)
             rows = np.concatenate([fold.train, fold.validation]) if estimator_class.fits_validation_rows else fold.train
-            predictions, tensors, seconds_train, seconds_test = [], {}, 0.0, 0.0
+            predictions, seconds_train, seconds_test = [], 0.0, 0.0
+            tensors: dict[str, torch.Tensor] = {}
             for member in range(1, members + 1):
                 seed = run.flags["seed"]
                 if member > 1:
@@ -489,7 +492,7 @@ def fit_estimators(run: Run) -> None:
 
 def report_results(run: Run) -> None:
     """Compute the figures from the folds' predictions, print them and write the run's files."""
-    flags, samples = run.flags, run.samples
+    _flags, samples = run.flags, run.samples
     results = [run.results[number] for number in sorted(run.results)]
     tables, scores = [], []
     for result in results:

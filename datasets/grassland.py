@@ -31,9 +31,7 @@ FOLDS = 5
 # Plots with trees, whose spectra are not those of grassland.
 TREE_PLOTS = [f"AEG{n:02d}" for n in (7, 9, 25, 26, 27, 47, 48)] + [f"HEG{n:02d}" for n in (9, 21, 24, 43)]
 # Plots of the Schorfheide whose 2018 records are outliers.
-OUTLIERS_2018 = [
-    f"SEG{n:02d}" for n in (8, 10, 11, 12, 16, 18, 19, 20, 31, 33, 35, 36, 38, 39, 40, 41, 44, 45, 46, 49, 50)
-]
+OUTLIERS_2018 = [f"SEG{n:02d}" for n in (8, 10, 11, 12, 16, 18, 19, 20, 31, 33, 35, 36, 38, 39, 40, 41, 44, 45, 46, 49, 50)]
 
 
 class Table(NamedTuple):
@@ -179,9 +177,7 @@ def split(samples: Samples, procedure: str, seed: int) -> list[Split]:
     folds = []
     for number, (rest, test) in enumerate(outer, start=1):
         if len(np.unique(plots[rest])) < 2:
-            raise InputError(
-                f"fold {number} has {len(np.unique(plots[rest]))} plots to train and validate on; 2 are needed"
-            )
+            raise InputError(f"fold {number} has {len(np.unique(plots[rest]))} plots to train and validate on; 2 are needed")
         inner = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=seed)
         train, validation = next(inner.split(rest, groups=plots[rest]))
         fold = Split(rest[train], rest[validation], test)

@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 from models.bilstm import BiLSTM
 from models.classical import Estimator, GaussianProcess, Ridge, Rocket
 from models.fcn import FCN
@@ -21,8 +19,9 @@ from models.mlp import MLP
 from models.residual_net import ResidualNet
 from models.resnet18t import ResNet18T
 from models.transformer import Transformer
+from utils.stacked_layers import Stack
 
-NETWORKS: dict[str, type[nn.Module]] = {
+NETWORKS: dict[str, type[Stack]] = {
     "MLP": MLP,
     "BiLSTM": BiLSTM,
     "Transformer": Transformer,
@@ -41,7 +40,7 @@ def own_flags(architecture: Callable[..., object], flags: Mapping[str, Any]) -> 
     return {name: flags[name] for name in inspect.signature(architecture).parameters if name in flags}
 
 
-def make_stack(model: str, networks: int, bands: int, steps: int, flags: Mapping[str, Any]) -> nn.Module:
+def make_stack(model: str, networks: int, bands: int, steps: int, flags: Mapping[str, Any]) -> Stack:
     """A stack of `networks` uninitialised networks of the named architecture."""
     architecture = NETWORKS[model]
     return architecture(networks, bands, steps, **own_flags(architecture, flags))

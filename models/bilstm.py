@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.stacked_layers import Dropout, LayerNorm, Linear, initialise_layers, uniform_fan_in
+from utils.stacked_layers import Dropout, LayerNorm, Linear, Stack, initialise_layers, uniform_fan_in
 
 
 class BidirectionalLayer(nn.Module):
@@ -55,7 +55,7 @@ class BidirectionalLayer(nn.Module):
         return torch.cat([forward, backward.flip(1)], dim=3), torch.cat(cell.chunk(2), dim=2)
 
 
-class BiLSTM(nn.Module):
+class BiLSTM(Stack):
     """Layer norm, three bidirectional layers of 128 with dropout 0.3 between them, linear head on the cell states."""
 
     def __init__(self, networks: int, bands: int, steps: int) -> None:

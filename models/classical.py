@@ -34,6 +34,9 @@ class Estimator(Protocol):
 
     def tensors(self) -> dict[str, NDArray[Any]]: ...
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Self: ...
+
 
 def flat(x: Array) -> Array:
     """(sample, band, step) to (sample, predictor) float64 in the table's column order."""

@@ -7,12 +7,12 @@ networks", IJCNN 2017.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils.stacked_layers import BatchNorm, Conv, Linear, initialise_layers, xavier_uniform
+from utils.stacked_layers import BatchNorm, Conv, Linear, Stack, initialise_layers, xavier_uniform
 
 
-class FCN(nn.Module):
+class FCN(Stack):
     """Three convolutions of 128, 256 and 128 channels, each with batch norm and ReLU; mean over the steps; linear."""
 
     def __init__(self, networks: int, bands: int, steps: int) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.stacked_layers import BatchNorm, Conv, Linear, initialise_layers, xavier_uniform
+from utils.stacked_layers import BatchNorm, Conv, Linear, Stack, initialise_layers, xavier_uniform
 
 
 class InceptionModule(nn.Module):
@@ -50,7 +50,7 @@ class Shortcut(nn.Module):
         return (x + self.norm(self.conv(earlier), mask)).relu()
 
 
-class InceptionTime(nn.Module):
+class InceptionTime(Stack):
     """Six inception modules with a shortcut after the third and the sixth; mean over the steps; linear."""
 
     def __init__(self, networks: int, bands: int, steps: int, *, bottleneck_factor: int, num_filters: int) -> None:

@@ -8,12 +8,12 @@ with deep neural networks", IJCNN 2017, in the sizes of the ResNeTS paper:
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils.stacked_layers import Linear, initialise_layers, xavier_uniform
+from utils.stacked_layers import Linear, Stack, initialise_layers, xavier_uniform
 
 
-class MLP(nn.Module):
+class MLP(Stack):
     """Three hidden layers of 64, ReLU."""
 
     def __init__(self, networks: int, bands: int, steps: int) -> None:

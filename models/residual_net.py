@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.stacked_layers import BatchNorm, Conv, Linear, initialise_layers, xavier_uniform
+from utils.stacked_layers import BatchNorm, Conv, Linear, Stack, initialise_layers, xavier_uniform
 
 
 class ResidualBlock(nn.Module):
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
         return (y + self.shortcut_norm(self.shortcut(x), mask)).relu()
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(Stack):
     """Three residual blocks of 64, 128 and 128 channels; mean over the steps; linear."""
 
     def __init__(self, networks: int, bands: int, steps: int) -> None:

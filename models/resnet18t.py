@@ -17,6 +17,7 @@ from utils.stacked_layers import (
     BatchNorm,
     Conv,
     Linear,
+    Stack,
     average_steps,
     initialise_layers,
     kaiming_normal_fan_out,
@@ -58,7 +59,7 @@ class BasicBlock(nn.Module):
         return (y + x).relu()
 
 
-class ResNet18T(nn.Module):
+class ResNet18T(Stack):
     """A 1x1 stem, stages of basic blocks, mean over the steps, linear.
 
     Args:
@@ -105,9 +106,7 @@ class ResNet18T(nn.Module):
             steps = -(-steps // stride)
             for index in range(count):
                 blocks.append(
-                    BasicBlock(
-                        networks, channels_in, channels, kernel_size, stride if index == 0 else 1, shortcut_pooling
-                    )
+                    BasicBlock(networks, channels_in, channels, kernel_size, stride if index == 0 else 1, shortcut_pooling)
                 )
                 channels_in = channels
         self.blocks = nn.ModuleList(blocks)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.stacked_layers import Conv, Dropout, LayerNorm, Linear, initialise_layers, uniform_fan_in, xavier_uniform
+from utils.stacked_layers import Conv, Dropout, LayerNorm, Linear, Stack, initialise_layers, uniform_fan_in, xavier_uniform
 
 
 def sinusoidal_positions(steps: int, features: int) -> Tensor:
@@ -39,8 +39,7 @@ class EncoderLayer(nn.Module):
         """Multi-head self-attention of (network, step, sample, feature)."""
         # (network, step, sample, feature) to query, key, value of (network, sample, head, step, feature of a head)
         query, key, value = (
-            part.unflatten(3, (self.heads, -1)).permute(0, 2, 3, 1, 4)
-            for part in self.query_key_value(x).chunk(3, dim=3)
+            part.unflatten(3, (self.heads, -1)).permute(0, 2, 3, 1, 4) for part in self.query_key_value(x).chunk(3, dim=3)
         )
         logits = query @ key.transpose(3, 4) / math.sqrt(query.shape[-1])
         attended = self.dropout(logits.softmax(-1)) @ value
@@ -53,7 +52,7 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + self.dropout(self.feed_forward2(hidden)))
 
 
-class Transformer(nn.Module):
+class Transformer(Stack):
     """Layer norm, 1x1 convolution to 64, positions, five encoder layers, maximum over the steps, linear."""
 
     positions: Tensor
@@ -64,9 +63,8 @@ class Transformer(nn.Module):
         self.input_norm = LayerNorm(networks, bands)
         self.input_conv = Conv(networks, bands, features, 1, bias=True)
         self.conv_norm = LayerNorm(networks, features)
-        self.layers = nn.ModuleList(
-            EncoderLayer(networks, features, heads=4, feed_forward=256, dropout=0.015) for _ in range(5)
-        )
+        layers = [EncoderLayer(networks, features, heads=4, feed_forward=256, dropout=0.015) for _ in range(5)]
+        self.layers = nn.ModuleList(layers)
         self.output_norm = LayerNorm(networks, features)
         self.head = Linear(networks, features, 1, bias=False)
         self.register_buffer("positions", sinusoidal_positions(steps, features), persistent=False)
@@ -76,7 +74,9 @@ class Transformer(nn.Module):
         """PyTorch's own; the encoder layers start as copies of one another."""
         initialise_layers(self, generators, conv=uniform_fan_in, linear=uniform_fan_in, zero_bias=False)
         first = self.layers[0]
+        assert isinstance(first, EncoderLayer)
         initialise_layers(first.query_key_value, generators, xavier_uniform, xavier_uniform, zero_bias=True)
+        assert first.attention_out.bias is not None
         first.attention_out.bias.zero_()
         for layer in self.layers[1:]:
             layer.load_state_dict(first.state_dict())

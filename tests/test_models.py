@@ -10,7 +10,7 @@ from conftest import DEFAULTS, golden
 from models import ESTIMATORS, NETWORKS, make_stack
 from models.classical import GaussianProcess, Ridge, Rocket
 from utils.errors import InputError
-from utils.stacked_layers import load_network_state, network_state
+from utils.stacked_layers import Stack, load_network_state, network_state
 from utils.stacked_training import INITIAL_WEIGHTS, generator_for
 
 CASES = golden("biodiversity_models")["models"]
@@ -23,7 +23,7 @@ FILL = {
 }
 
 
-def golden_stack(case: dict[str, Any]) -> torch.nn.Module:
+def golden_stack(case: dict[str, Any]) -> Stack:
     """A stack of two networks in float64: the first random, the second filled as the golden file says."""
     stack = make_stack(case["model"], 2, 10, 16, DEFAULTS | case["flags"]).double()
     stack.initialise([torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)])
@@ -73,7 +73,7 @@ def test_published_parameter_counts() -> None:
 
 @pytest.mark.parametrize("model", NETWORKS)
 def test_initial_weights_depend_on_the_generator_alone(model: str) -> None:
-    def start(keys: list[int]) -> torch.nn.Module:
+    def start(keys: list[int]) -> Stack:
         stack = make_stack(model, len(keys), 10, 16, DEFAULTS)
         stack.initialise([generator_for(42, INITIAL_WEIGHTS, key) for key in keys])
         return stack
@@ -123,7 +123,9 @@ def test_flags_that_make_no_network_are_refused(model: str, flags: dict[str, Any
         make_stack(model, 1, 10, 16, DEFAULTS | flags)
 
 
-@pytest.mark.parametrize("flags", [{"strides": (3, 1, 2, 1)}, {"strides": (2, 2, 2, 2)}, {"kernel_size": 31}, {"kernel_size": 1}])
+@pytest.mark.parametrize(
+    "flags", [{"strides": (3, 1, 2, 1)}, {"strides": (2, 2, 2, 2)}, {"kernel_size": 31}, {"kernel_size": 1}]
+)
 @pytest.mark.parametrize("shortcut_pooling", [True, False])
 def test_resnet18t_runs_where_strides_do_not_divide_the_steps(flags: dict[str, Any], shortcut_pooling: bool) -> None:
     stack = make_stack("ResNet18T", 2, 10, 16, DEFAULTS | flags | {"shortcut_pooling": shortcut_pooling})

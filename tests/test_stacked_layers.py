@@ -33,7 +33,9 @@ def random_input(channels: int, seed: int = 0) -> Tensor:
     ("kernel", "stride", "padding"),
     [(1, 1, None), (5, 1, None), (8, 1, None), (2, 1, None), (5, 2, (2, 2)), (1, 2, (0, 0)), (8, 1, (4, 4)), (3, 3, (1, 1))],
 )
-def test_convolution_and_its_gradients_are_those_of_conv1d(kernel: int, stride: int, padding: tuple[int, int] | None) -> None:
+def test_convolution_and_its_gradients_are_those_of_conv1d(
+    kernel: int, stride: int, padding: tuple[int, int] | None
+) -> None:
     conv = Conv(NETWORKS, 4, 6, kernel, stride, padding).double()
     nn.init.normal_(conv.weight)
     x = random_input(4).requires_grad_()
@@ -139,6 +141,7 @@ def test_dropout_of_a_network_does_not_depend_on_its_stack() -> None:
 def test_a_network_state_survives_the_way_through_the_plain_layout() -> None:
     conv = Conv(2, 3, 4, 5, bias=True)
     nn.init.normal_(conv.weight)
+    assert conv.bias is not None
     nn.init.normal_(conv.bias)
     state = network_state(conv, 0)
     assert state["weight"].shape == (4, 3, 5)

@@ -63,7 +63,11 @@ def losses(histories: Sequence[tuple[int, Sequence[dict[str, float]]]], title: s
         axes.plot([r["epoch"] for r in history], [r["loss_train"] for r in history], color=colour, linewidth=0.8, alpha=0.6)
         checked = [r for r in history if "loss_val" in r]
         axes.plot(
-            [r["epoch"] for r in checked], [r["loss_val"] for r in checked], color=colour, linewidth=1.8, label=f"fold {number}"
+            [r["epoch"] for r in checked],
+            [r["loss_val"] for r in checked],
+            color=colour,
+            linewidth=1.8,
+            label=f"fold {number}",
         )
     axes.set(xlabel="epoch (warm-up included)", ylabel=f"L1 loss of {unit}", title=title)
     axes.set_ylim(bottom=0)

@@ -32,7 +32,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(least: float, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
+def real(least: float, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
     """A finite number from `least` (or above it, if exclusive) to below `below`."""
     start = f"above {least:g}" if exclusive else f"of at least {least:g}"
     expected = f"a number {start}" + (f" and below {below:g}" if math.isfinite(below) else "")

@@ -32,7 +32,7 @@ def summarise(stack: nn.Module, bands: int, steps: int) -> Summary:
     def record(name: str, layer: nn.Module) -> Any:
         own = list(layer.parameters(recurse=False))
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             shape = (output if isinstance(output, Tensor) else output[0]).shape
             applied = shape[1] if len(shape) == 4 else 1
             # A weight matrix is used at every step; scales and shifts are counted once.

@@ -4,7 +4,7 @@ An architecture that is not listed trains like ResNet18T: AdamW and a cosine fro
 `lr` to 0, with the flags `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +19,19 @@ class Recipe(NamedTuple):
         optimizer: the optimiser's class.
         options: its arguments, the base learning rate `lr` among them.
         schedule: cosine, constant, plateau or attention.
-        plateau: factor, patience (epochs) and floor of a plateau schedule.
+        plateau: factor, patience (epochs) and floor of a plateau schedule, else None.
     """
 
-    optimizer: type[torch.optim.Optimizer]
+    optimizer: Callable[..., torch.optim.Optimizer]
     options: dict[str, Any]
     schedule: str
-    plateau: dict[str, float] = {}
+    plateau: dict[str, Any] | None = None
 
 
 def recipe_for(model: str, flags: Mapping[str, Any]) -> Recipe:
     """The recipe of an architecture; flags act only on those that train with AdamW."""
-    adam, betas = torch.optim.Adam, (0.9, 0.999)
+    adam = torch.optim.Adam
+    betas = (0.9, 0.999)
     if model == "MLP":
         return Recipe(adam, {"lr": 1e-3, "betas": betas, "eps": 1e-7}, "constant")
     if model == "BiLSTM":
@@ -41,8 +42,8 @@ def recipe_for(model: str, flags: Mapping[str, Any]) -> Recipe:
         plateau = {"factor": 0.5, "patience": 50, "min_lr": 2e-4}
         return Recipe(adam, {"lr": 2e-3, "betas": betas, "eps": 1e-7}, "plateau", plateau)
     if flags["original_training"] and model == "ResNet18T":
-        options = {"lr": 0.0125, "momentum": 0.9, "weight_decay": 1e-4}
-        return Recipe(torch.optim.SGD, options, "plateau", {"factor": 0.1, "patience": 50})
+        sgd = {"lr": 0.0125, "momentum": 0.9, "weight_decay": 1e-4}
+        return Recipe(torch.optim.SGD, sgd, "plateau", {"factor": 0.1, "patience": 50})
     if flags["original_training"] and model == "InceptionTime":
         plateau = {"factor": 0.5, "patience": 50, "min_lr": 5e-5}
         return Recipe(adam, {"lr": 5e-4, "betas": betas, "eps": 1e-7}, "plateau", plateau)
@@ -55,7 +56,7 @@ def recipe_for(model: str, flags: Mapping[str, Any]) -> Recipe:
     return Recipe(torch.optim.AdamW, options, "cosine")
 
 
-def make_optimizer(recipe: Recipe, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The recipe's optimiser over the parameters, one fused kernel a tensor."""
     return recipe.optimizer(parameters, fused=True, **recipe.options)
 
@@ -66,9 +67,7 @@ def warm_up(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int, epochs
         group["lr"] = recipe.options["lr"] * epoch / epochs
 
 
-def make_scheduler(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int
-) -> LRScheduler | ReduceLROnPlateau:
+def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler | ReduceLROnPlateau:
     """The schedule after warm-up, from the base rate, stepped after every epoch.
 
     Raises:
@@ -79,9 +78,9 @@ def make_scheduler(
     if recipe.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=epochs)
     if recipe.schedule == "plateau":
-        return ReduceLROnPlateau(optimizer, threshold=1e-4, **recipe.plateau)
+        return ReduceLROnPlateau(optimizer, threshold=1e-4, **(recipe.plateau or {}))
     if recipe.schedule == "attention":  # Vaswani et al. 2017, section 5.3, with 100 steps of warm-up
         return LambdaLR(optimizer, lambda epoch: min((epoch + 1) ** -0.5, (epoch + 1) * 100**-1.5))
     if recipe.schedule == "constant":
-        return LambdaLR(optimizer, lambda epoch: 1.0)
+        return LambdaLR(optimizer, lambda _: 1.0)
     raise ValueError(f"unknown schedule {recipe.schedule!r}")

@@ -140,4 +140,6 @@ def choose_device(name: str) -> torch.device:
         return device
     if device.type != "cuda":
         raise InputError(f"device={name} is not one of auto, cpu, cuda or cuda:N")
-    raise InputError(f"device={name} was asked for, but {torch.cuda.device_count()} CUDA devices are present; use device=cpu")
+    raise InputError(
+        f"device={name} was asked for, but {torch.cuda.device_count()} CUDA devices are present; use device=cpu"
+    )

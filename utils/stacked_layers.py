@@ -48,6 +48,18 @@ def load_network_state(stack: nn.Module, network: int, state: dict[str, Tensor])
         tensor[network].copy_(plain.permute(*reversed(range(plain.ndim))))
 
 
+class Stack(nn.Module):
+    """A stack of networks of one architecture: what every architecture of `models` is."""
+
+    def initialise(self, generators: Sequence[torch.Generator]) -> None:
+        """Draw the initial weights of each network from its own generator."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(network, step, sample, band) and mask (network, sample) to predictions (network, sample)."""
+        raise NotImplementedError
+
+
 Initialiser = Callable[[Tensor, torch.Generator], object]
 """Fills a plain-layout tensor in place from a generator."""
 
@@ -310,10 +322,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(network, ..., feature in) to (network, ..., feature out)."""
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        if self.bias is None:
-            y = torch.bmm(rows, self.weight)
-        else:
-            y = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight)
+        y = torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -326,6 +335,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(networks, features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(network, ..., feature), shape kept."""
         shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
         return torch.addcmul(self.bias.view(shape), F.layer_norm(x, x.shape[-1:]), self.weight.view(shape))
 
@@ -339,6 +349,7 @@ class Dropout(nn.Module):
         self.generators: list[torch.Generator] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        """(network, ...), shape kept; in training, values are zeroed and the rest scaled up to keep the mean."""
         if not self.training:
             return x
         keep = 1 - self.probability

@@ -10,7 +10,6 @@ so a fold trains the same way alone, beside others, or after an interruption.
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from utils.errors import InputError
 from utils.recipes import Recipe, make_optimizer, make_scheduler, warm_up
-from utils.stacked_layers import load_network_state, network_state, set_dropout_generators, set_product_dtype
+from utils.stacked_layers import Stack, load_network_state, network_state, set_dropout_generators, set_product_dtype
 
 # What a generator is for; part of its seed.
 INITIAL_WEIGHTS, SHUFFLE, DROPOUT = range(3)
@@ -185,7 +184,7 @@ class StackTraining:
 
     def __init__(
         self,
-        stack: nn.Module,
+        stack: Stack,
         folds: Sequence[FoldData],
         numbers: Sequence[int],
         members: int,
@@ -227,7 +226,7 @@ class StackTraining:
         self._validation_x = _side_by_side([fold.data.validation_x for fold in self.folds]).to(self.device)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Row ids (fold, sample) of each batch, from a fresh shuffle a fold, and the mask of real rows where some are padding."""
+        """Row ids (fold, sample) of each batch, freshly shuffled, and the mask of real rows if some are padding."""
         size = self.batch_size
         counts = [len(fold.data.train_y) for fold in self.folds]
         length = -(-max(counts) // size) * size
