@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Guild keeps its runs in the environment, where an activated shell finds them too.
 export GUILD_HOME ?= $(CURDIR)/$(VENV)/.guild
+# As in guild.yml: OpenMP threads that wait soon sleep, so that a shared machine does not bring the tests to a standstill.
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: run test data lock clean
 

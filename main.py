@@ -67,7 +67,7 @@ from utils.stacked_training import (
     stack_of_members,
 )
 
-SECONDS_BETWEEN_CHECKPOINTS = 5.0
+SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
 ESTIMATOR_MEMBERS = 3  # purpose of a generator: seeds of the members of a Rocket ensemble
 
 parser = FlagParser(prog="main.py", description=__doc__)

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Says what the environment offers and what it lacks: versions, GPU, threads, Guild's home, TensorBoard's port.
+
+Inside the image: dockerfiles/launch.sh dockerfiles/self_check.py --gpu
+"""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
+
+
+def versions() -> str | None:
+    """Print versions; a complaint if installed packages are not those of the lock file."""
+    print(f"python      {platform.python_version()}")
+    print(f"torch       {torch.__version__} (CUDA libraries: {torch.version.cuda or 'none'})")
+    print(f"guild       {metadata.version('guildai')} ({shutil.which('guild') or 'not on PATH'})")
+    installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version.partition("+")[0] for d in metadata.distributions()}
+    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
+    other = sorted(name for name in locked.keys() & installed.keys() if installed[name] != locked[name])
+    if other:
+        return f"{', '.join(other)}: not the versions of requirements.lock, install (or build the image) anew."
+    return None if shutil.which("guild") else "The command guild is not on PATH."
+
+
+def gpu(demanded: bool) -> str | None:
+    """Print the GPUs; a complaint if one computes wrongly or if none is there though demanded."""
+    if not torch.cuda.is_available():
+        print("gpu         none")
+        if not demanded:
+            return None
+        if torch.version.cuda is None:
+            return "This torch has no CUDA: a GPU needs the image that build.sh makes without --cpu."
+        return "No GPU is visible: the host needs NVIDIA's driver and container toolkit, the container --gpus all."
+    left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        device = f"cuda:{number}"
+        difference = (left @ right - (left.to(device) @ right.to(device)).cpu()).abs().max().item()
+        print(f"gpu         {device} {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+        print(f"            its matrix product differs from the CPU's by {difference:.1g}")
+        if not difference < 1e-3:  # entries are around 16; TF32 would be off by more
+            return f"{device} computes matrix products that differ from the CPU's by {difference:.1g}."
+    if not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+        return "CUBLAS_WORKSPACE_CONFIG is not set, so runs on the GPU may differ: set it to :4096:8."
+    return None
+
+
+def guild_home() -> str | None:
+    """Print Guild's home; a complaint if it cannot be written to."""
+    home = os.environ.get("GUILD_HOME")
+    print(f"guild home  {home}")
+    if not home:
+        return "GUILD_HOME is not set."
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            return None
+    except OSError as error:
+        return f"Guild's home {home} cannot be written to by user {os.getuid()}: {error.strerror}."
+
+
+def port(number: int) -> str | None:
+    """Print TensorBoard's port; a complaint if another program has it."""
+    print(f"port        {number}")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", number))
+        except OSError as error:
+            return f"Port {number} cannot be had for TensorBoard: {error.strerror}."
+    return None
+
+
+def main() -> None:
+    """Print what is there; exit with a sentence for each thing that is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="fail where no GPU is visible")
+    parser.add_argument("--port", type=int, default=6006, help="TensorBoard's port (6006)")
+    arguments = parser.parse_args()
+
+    shared = os.statvfs("/dev/shm")
+    print(f"user        {os.getuid()}:{os.getgid()}")
+    print(f"threads     {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} usable cores")
+    print(f"/dev/shm    {shared.f_frsize * shared.f_blocks / 2**30:.1f} GiB")
+    complaints = [versions(), gpu(arguments.gpu), guild_home(), port(arguments.port)]
+    sys.exit("\n".join(filter(None, complaints)) or None)
+
+
+if __name__ == "__main__":
+    main()

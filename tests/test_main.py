@@ -1,0 +1,283 @@
+"""Operation main as a user runs it: what it prints and leaves, how it resumes, how it refuses."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import PROJECT, Runner, environment
+from PIL import Image
+
+from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
+from models import ESTIMATORS, make_stack
+from utils.metrics import score
+from utils.runs import CHECKPOINT, read_tensors
+from utils.stacked_training import predict, stack_of_members
+
+SMALL = ("dataset=demo", "num_channels=8 8 8 8", "stem_channels=8", "batch_size=64")
+SHORT = (*SMALL, "epochs=12", "warmup_epochs=2")
+
+
+def lines_of(output: str) -> list[str]:
+    return [line for line in output.replace("\r", "\n").splitlines() if line.startswith("[*] ")]
+
+
+def value_of(output: str, label: str) -> float:
+    (line,) = [line for line in lines_of(output) if line.startswith(f"[*] {label}: ")]
+    return float(line.split(": ")[1].split()[0])
+
+
+def test_a_run_prints_and_leaves_what_it_promises(run_script: Runner, tmp_path: Path) -> None:
+    done = run_script("main.py", *SHORT, "ensemble_count=2", "study_var=Shannon")
+    assert done.returncode == 0, done.stderr
+    said = lines_of(done.stdout)
+    assert any("simulated table" in line for line in said)
+    for expected in ("Warmup epoch: 2/2 - Train loss: ", "Epoch: 12", "Train loss: ", "Val loss: ", "Fold 5/5 - R2: "):
+        assert any(expected in line for line in said), expected
+    for label in ("R2 mean", "R2 std", "RRMSE mean", "RMSES mean", "RMSEU std", "Training time mean", "Testing time std"):
+        assert np.isfinite(value_of(done.stdout, label))
+    for pattern in ("Total params: ", "Total mult-adds (M): ", "Estimated Total Size (MB): "):
+        assert sum(line.startswith(pattern) for line in done.stdout.splitlines()) == 1
+    assert "Warming up the model..." in done.stderr
+    assert "Training the model..." in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert metrics["table"]["simulated"] and set(predictions["table"]) == {"simulated table"}
+    samples = prepare(demo_table(), "Shannon")
+    assert sorted(predictions["yep"]) == sorted(samples.keys["yep"])
+    assert (predictions["predicted_sd"] > 0).all()
+    for number, rows in predictions.groupby("fold"):
+        fold = metrics["folds"][int(number) - 1]
+        again = score(rows["observed"].to_numpy(), rows["predicted"].to_numpy())
+        assert fold["r2"] == pytest.approx(again.r2, rel=1e-5)
+        assert fold["rows"]["test"] == len(rows)
+    means = [fold["r2"] for fold in metrics["folds"]]
+    assert metrics["summary"]["r2_mean"] == pytest.approx(np.mean(means))
+    assert value_of(done.stdout, "R2 std") == pytest.approx(np.std(means), abs=1e-4)
+    assert "[*] R2 mean: " in done.stdout and "(simulated)" in done.stdout
+    for picture in ("scatter.png", "losses.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert image.width > 500
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    left_over = [path.name for path in tmp_path.rglob("*") if "partial" in path.name or path.name == CHECKPOINT]
+    assert not left_over
+
+
+def test_a_saved_fold_predicts_again_from_its_file_alone(run_script: Runner, tmp_path: Path) -> None:
+    assert run_script("main.py", *SHORT, "ensemble_count=2").returncode == 0
+    predictions = pd.read_csv(tmp_path / "predictions.csv").set_index("yep")
+    tensors, record = read_tensors(tmp_path / "models" / "fold_3.safetensors")
+    flags = record["flags"]
+    assert record["bands"] == list(BANDS) and record["simulated"] and flags["ensemble_count"] == 2
+    states = [
+        {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"member_{member}.")}
+        for member in (1, 2)
+    ]
+    stack = stack_of_members(make_stack(flags["model"], 2, len(BANDS), record["steps"], flags), states)
+    rows = demo_table().rows.set_index("yep").loc[predictions.index[predictions["fold"] == 3]]
+    scaled = (rows[PREDICTORS].to_numpy() - record["predictor_mean"]) / record["predictor_sd"]
+    x = torch.from_numpy(scaled.astype(np.float32)).view(len(rows), 16, 10).transpose(1, 2)
+    np.testing.assert_allclose(predict(stack, x).mean(0), predictions.loc[rows.index, "predicted"], rtol=1e-4)
+
+
+def test_scalers_and_weights_see_training_rows_only(run_script: Runner, tmp_path: Path) -> None:
+    samples = prepare(demo_table(), "SpecRichness")
+    fold = split(samples, "split_by_observatory", 42)[1]
+    assert run_script("main.py", *SHORT, "split_procedure=split_by_observatory").returncode == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["folds"]) == 3
+    _, record = read_tensors(tmp_path / "models" / "fold_2.safetensors")
+    x = samples.x[fold.train].transpose(0, 2, 1).reshape(len(fold.train), -1)
+    np.testing.assert_allclose(record["predictor_mean"], x.mean(0))
+    np.testing.assert_allclose(record["predictor_sd"], x.std(0))
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert set(predictions.loc[predictions["fold"] == 2, "observatory"]) == set(samples.keys["explo"].iloc[fold.test])
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run_script: Runner, tmp_path: Path) -> None:
+    figures = []
+    for index, seed in enumerate((1, 1, 2)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        assert run_script("main.py", *SHORT, f"seed={seed}", cwd=folder).returncode == 0
+        figures.append((folder / "predictions.csv").read_bytes())
+    assert figures[0] == figures[1] != figures[2]
+
+
+@pytest.mark.parametrize("model", ["Ridge", "GaussianProcess", "Rocket"])
+def test_estimators_go_through_the_same_door(run_script: Runner, tmp_path: Path, model: str) -> None:
+    members = 2 if ESTIMATORS[model].has_random_part else 1
+    done = run_script("main.py", "dataset=demo", f"model={model}", "num_kernels=200", f"ensemble_count={members}")
+    assert done.returncode == 0, done.stderr
+    assert "Total params: -1" in done.stdout
+    assert value_of(done.stdout, "R2 mean") > 0.3
+    tensors, record = read_tensors(tmp_path / "models" / "fold_1.safetensors")
+    rows = pd.read_csv(tmp_path / "predictions.csv").query("fold == 1").set_index("yep")
+    raw = demo_table().rows.set_index("yep").loc[rows.index, PREDICTORS].to_numpy()
+    x = ((raw - record["predictor_mean"]) / record["predictor_sd"]).astype(np.float32)
+    x = x.reshape(-1, 16, 10).transpose(0, 2, 1)
+    each = []
+    for member in range(1, members + 1):
+        own = {k.split(".")[1]: v.numpy() for k, v in tensors.items() if k.startswith(f"member_{member}.")}
+        each.append(ESTIMATORS[model].from_tensors(own).predict(x))
+    np.testing.assert_allclose(np.mean(each, axis=0), rows["predicted"], rtol=1e-4)
+    assert (rows["predicted_sd"].max() > 0) == (members > 1)
+
+
+@pytest.mark.parametrize("model", ["MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet", "InceptionTime"])
+def test_every_architecture_runs_to_its_figures(run_script: Runner, model: str) -> None:
+    done = run_script("main.py", "dataset=demo", f"model={model}", "num_filters=8", "epochs=1", "warmup_epochs=0")
+    assert done.returncode == 0, done.stderr
+    assert np.isfinite(value_of(done.stdout, "RRMSE mean"))
+
+
+def test_original_training_and_bf16_run(run_script: Runner) -> None:
+    done = run_script("main.py", *SHORT, "original_training=yes", "precision=bf16")
+    assert done.returncode == 0, done.stderr
+
+
+# Long enough for one fold to stop early and for several checkpoints.
+LONG = ("dataset=demo", "model=ResNet18T", "num_channels=16 16 16 16", "epochs=60", "warmup_epochs=5", "lr=0.02")
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    arguments = [part for text in flags for part in (f"--{text.split('=')[0]}", text.split("=", 1)[1])]
+    command = [sys.executable, str(PROJECT / "main.py"), *arguments]
+    environ = environment() | {"SECONDS_BETWEEN_CHECKPOINTS": "0"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"[*] Epoch: {epoch}"):
+            return
+    pytest.fail("the run ended before it could be interrupted")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, end: signal.Signals) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    undisturbed = start(whole, *LONG)
+    _, errors = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, errors
+    for epoch in (10, 40):
+        process = start(cut, *LONG)
+        wait_for_epoch(process, epoch)
+        time.sleep(0.2)
+        before = time.monotonic()
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - before < 5
+        if end == signal.SIGINT:
+            assert process.returncode == 130
+            assert "Interrupted; to go on from the last saved epoch: " in errors and "Traceback" not in errors
+        assert (cut / CHECKPOINT).exists()
+        assert not (cut / "metrics.json").exists()
+    resumed = start(cut, *LONG)
+    output, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert "Resuming after epoch" in output
+    assert (cut / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    one, other = (json.loads((folder / "metrics.json").read_text())["folds"] for folder in (whole, cut))
+    for a, b in zip(one, other, strict=True):
+        timeless = {key for key in a if not key.startswith("seconds")}
+        assert {key: a[key] for key in timeless} == {key: b[key] for key in timeless}
+
+
+def test_a_checkpoint_is_not_continued_with_other_flags(tmp_path: Path, run_script: Runner) -> None:
+    process = start(tmp_path, *LONG)
+    wait_for_epoch(process, 10)
+    time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    done = run_script("main.py", *LONG, "seed=7")
+    assert done.returncode == 2
+    assert "continues a run with seed=42, but seed=7 was given" in done.stderr
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_script: Runner, tmp_path: Path) -> None:
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = run_script("main.py", *SHORT, preexec_fn=small_files_only)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("main.py: ")]
+    assert "could not be written" in line and "nothing was left half-written" in line
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*partial*")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["model=VGG"], "invalid choice: 'VGG'"),
+        (["study_var=Evenness"], "invalid choice: 'Evenness'"),
+        (["split_procedure=random"], "invalid choice: 'random'"),
+        (["strides=1 2"], "strides: '1 2' has 2 numbers"),
+        (["num_channels=64 64 64 wide"], "num_channels: '64 64 64 wide' is not 4 whole numbers"),
+        (["shortcut_pooling=maybe"], "shortcut_pooling: 'maybe' is neither yes nor no"),
+        (["epochs=0"], "epochs: 0 is not a whole number of at least 1"),
+        (["beta1=1"], "beta1: 1 is not a number of at least 0 and below 1"),
+        (["eps=0"], "eps: 0 is not a number above 0"),
+        (["lr=nan"], "lr: nan is not a number"),
+        (["kernel_size=4"], "kernel_size=4 does not fit"),
+        (["model=InceptionTime", "bottleneck_factor=99"], "bottleneck_factor=99 leaves no channel"),
+        (["strides=9 9 1 1"], "leaves no time step"),
+        (["model=Ridge", "ensemble_count=5"], "Ridge has no random part"),
+        (["device=cuda:99"], "device=cuda:99 was asked for, but"),
+        (["device=tpu"], "device=tpu is not one of auto, cpu, cuda or cuda:N"),
+        (["dataset=absent.csv"], "absent.csv does not exist"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_sentence(run_script: Runner, tmp_path: Path, flags: list[str], said: str) -> None:
+    done = run_script("main.py", *flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_training_says_so(run_script: Runner) -> None:
+    done = run_script("main.py", *SMALL, "lr=1e30", "epochs=30", "warmup_epochs=0")
+    assert done.returncode == 2
+    assert "the training diverged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_real_table_says_what_to_do(run_script: Runner, tmp_path: Path) -> None:
+    done = run_script("main.py", env=environment() | {"PROJECT_DIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert "`make data` downloads it; dataset=demo runs on simulated data" in done.stderr
+
+
+def test_the_device_may_come_from_the_environment(run_script: Runner) -> None:
+    done = run_script("main.py", env=environment() | {"DEVICE": "cuda:99"})
+    assert done.returncode == 2 and "device=cuda:99" in done.stderr
+
+
+def test_help_explains_every_flag(run_script: Runner) -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "main.py"), "--help"], capture_output=True, text=True, check=True, env=environment()
+    )
+    for name in ("--study_var", "--warmup_epochs", "--precision", "--device"):
+        assert name in done.stdout
+    assert "(default: 1500)" in done.stdout
+
+
+@pytest.mark.parametrize(("text", "value"), [("no", False), ("False", False), ("0", False), ("yes", True), ("1", True)])
+def test_yes_and_no_mean_it(run_script: Runner, tmp_path: Path, text: str, value: bool) -> None:
+    assert run_script("main.py", "dataset=demo", "model=Ridge", f"original_training={text}").returncode == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["flags"]["original_training"] is value
