@@ -2,8 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Guild keeps its runs in the environment, where an activated shell finds them too.
-export GUILD_HOME ?= $(CURDIR)/$(VENV)/.guild
+# Runs are kept where Guild looks for them when called in this folder.
+export GUILD_HOME ?= $(CURDIR)/.guild
 # As in guild.yml: OpenMP threads that wait soon sleep, so that a shared machine does not bring the tests to a standstill.
 export GOMP_SPINCOUNT ?= 2000
 

@@ -64,7 +64,6 @@ from utils.stacked_training import (
     member_states,
     patience_of,
     predict,
-    stack_of_members,
 )
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
@@ -290,7 +289,7 @@ def train_networks(run: Run) -> None:
         x, y = (torch.from_numpy(np.ascontiguousarray(values)) for values in run.fold_data(number))
         train, validation, _ = (torch.from_numpy(ids) for ids in run.splits[number - 1])
         folds.append(FoldData(x[train], y[train], x[validation], y[validation]))
-    stack = make_stack(flags["model"], len(numbers) * members, len(BANDS), STEPS, flags).to(run.device)
+    stack = make_stack(flags["model"], len(numbers) * members, len(BANDS), STEPS, flags)
     training = StackTraining(
         stack,
         folds,
@@ -302,6 +301,7 @@ def train_networks(run: Run) -> None:
         flags["warmup_epochs"],
         flags["seed"],
         flags["precision"],
+        run.device,
     )
     report_size(run, training)
     if flags["precision"] == "bf16" and run.device.type == "cpu" and not fast_bf16():
@@ -435,7 +435,7 @@ def finish_fold(run: Run, fold: Fold, epoch: int) -> None:
     states = member_states(stack, fold.best)
     x, _ = run.fold_data(fold.number)
     test = torch.from_numpy(np.ascontiguousarray(x[run.splits[fold.number - 1].test])).to(run.device)
-    predictions = predict(stack_of_members(stack, states), test).cpu()
+    predictions = predict(stack, test).cpu()
     result = Result(
         fold.number, predictions, fold.seconds, time.perf_counter() - started, fold.best_epoch, epoch, fold.history
     )

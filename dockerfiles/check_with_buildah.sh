@@ -25,6 +25,7 @@ if [ -n "${WORK:-}" ]; then
 else
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
+  trap 'exit 1' INT TERM
 fi
 # A store of its own: the stand-in must not pass for the real base image elsewhere. vfs and chroot work in a container too.
 export STORAGE_DRIVER="${STORAGE_DRIVER:-vfs}" BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -52,6 +52,36 @@ def real_table() -> Path:
         if path.exists():
             return path
     pytest.skip("the real grassland table is absent (make data downloads it)")
+
+
+class Ended(NamedTuple):
+    """How a script run in this process ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run main.py in this process and the test's folder, without the seconds that a fresh interpreter takes."""
+    import main
+    from utils.runs import run_or_explain
+
+    for name in ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> Ended:
+        arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
+        monkeypatch.setattr("sys.argv", ["main.py", *arguments])
+        try:
+            run_or_explain(main.main)
+        except SystemExit as ended:
+            return Ended(int(ended.code or 0), *capsys.readouterr())
+        return Ended(0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

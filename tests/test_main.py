@@ -6,20 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT, Runner, environment
+from conftest import PROJECT, Ended, Runner, environment
 from PIL import Image
 
 from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
 from models import ESTIMATORS, make_stack
 from utils.metrics import score
 from utils.runs import CHECKPOINT, read_tensors
-from utils.stacked_training import predict, stack_of_members
+from utils.stacked_layers import load_network_state
+from utils.stacked_training import predict
 
 SMALL = ("dataset=demo", "num_channels=8 8 8 8", "stem_channels=8", "batch_size=64")
 SHORT = (*SMALL, "epochs=12", "warmup_epochs=2")
@@ -72,27 +74,26 @@ def test_a_run_prints_and_leaves_what_it_promises(run_script: Runner, tmp_path: 
     assert not left_over
 
 
-def test_a_saved_fold_predicts_again_from_its_file_alone(run_script: Runner, tmp_path: Path) -> None:
-    assert run_script("main.py", *SHORT, "ensemble_count=2").returncode == 0
+def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+    assert run_main(*SHORT, "ensemble_count=2").returncode == 0
     predictions = pd.read_csv(tmp_path / "predictions.csv").set_index("yep")
     tensors, record = read_tensors(tmp_path / "models" / "fold_3.safetensors")
     flags = record["flags"]
     assert record["bands"] == list(BANDS) and record["simulated"] and flags["ensemble_count"] == 2
-    states = [
-        {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"member_{member}.")}
-        for member in (1, 2)
-    ]
-    stack = stack_of_members(make_stack(flags["model"], 2, len(BANDS), record["steps"], flags), states)
+    stack = make_stack(flags["model"], 2, len(BANDS), record["steps"], flags)
+    for member in (1, 2):
+        own = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"member_{member}.")}
+        load_network_state(stack, member - 1, own)
     rows = demo_table().rows.set_index("yep").loc[predictions.index[predictions["fold"] == 3]]
     scaled = (rows[PREDICTORS].to_numpy() - record["predictor_mean"]) / record["predictor_sd"]
     x = torch.from_numpy(scaled.astype(np.float32)).view(len(rows), 16, 10).transpose(1, 2)
     np.testing.assert_allclose(predict(stack, x).mean(0), predictions.loc[rows.index, "predicted"], rtol=1e-4)
 
 
-def test_scalers_and_weights_see_training_rows_only(run_script: Runner, tmp_path: Path) -> None:
+def test_scalers_and_weights_see_training_rows_only(run_main: Callable[..., Ended], tmp_path: Path) -> None:
     samples = prepare(demo_table(), "SpecRichness")
     fold = split(samples, "split_by_observatory", 42)[1]
-    assert run_script("main.py", *SHORT, "split_procedure=split_by_observatory").returncode == 0
+    assert run_main(*SHORT, "split_procedure=split_by_observatory").returncode == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert len(metrics["folds"]) == 3
     _, record = read_tensors(tmp_path / "models" / "fold_2.safetensors")
@@ -103,20 +104,20 @@ def test_scalers_and_weights_see_training_rows_only(run_script: Runner, tmp_path
     assert set(predictions.loc[predictions["fold"] == 2, "observatory"]) == set(samples.keys["explo"].iloc[fold.test])
 
 
-def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run_script: Runner, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others(
+    run_main: Callable[..., Ended], tmp_path: Path
+) -> None:
     figures = []
-    for index, seed in enumerate((1, 1, 2)):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        assert run_script("main.py", *SHORT, f"seed={seed}", cwd=folder).returncode == 0
-        figures.append((folder / "predictions.csv").read_bytes())
+    for seed in (1, 1, 2):
+        assert run_main(*SHORT, f"seed={seed}").returncode == 0
+        figures.append((tmp_path / "predictions.csv").read_bytes())
     assert figures[0] == figures[1] != figures[2]
 
 
 @pytest.mark.parametrize("model", ["Ridge", "GaussianProcess", "Rocket"])
-def test_estimators_go_through_the_same_door(run_script: Runner, tmp_path: Path, model: str) -> None:
+def test_estimators_go_through_the_same_door(run_main: Callable[..., Ended], tmp_path: Path, model: str) -> None:
     members = 2 if ESTIMATORS[model].has_random_part else 1
-    done = run_script("main.py", "dataset=demo", f"model={model}", "num_kernels=200", f"ensemble_count={members}")
+    done = run_main("dataset=demo", f"model={model}", "num_kernels=200", f"ensemble_count={members}")
     assert done.returncode == 0, done.stderr
     assert "Total params: -1" in done.stdout
     assert value_of(done.stdout, "R2 mean") > 0.3
@@ -134,14 +135,14 @@ def test_estimators_go_through_the_same_door(run_script: Runner, tmp_path: Path,
 
 
 @pytest.mark.parametrize("model", ["MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet", "InceptionTime"])
-def test_every_architecture_runs_to_its_figures(run_script: Runner, model: str) -> None:
-    done = run_script("main.py", "dataset=demo", f"model={model}", "num_filters=8", "epochs=1", "warmup_epochs=0")
+def test_every_architecture_runs_to_its_figures(run_main: Callable[..., Ended], model: str) -> None:
+    done = run_main("dataset=demo", f"model={model}", "num_filters=8", "epochs=1", "warmup_epochs=0")
     assert done.returncode == 0, done.stderr
     assert np.isfinite(value_of(done.stdout, "RRMSE mean"))
 
 
-def test_original_training_and_bf16_run(run_script: Runner) -> None:
-    done = run_script("main.py", *SHORT, "original_training=yes", "precision=bf16")
+def test_original_training_and_bf16_run(run_main: Callable[..., Ended]) -> None:
+    done = run_main(*SHORT, "original_training=yes", "precision=bf16")
     assert done.returncode == 0, done.stderr
 
 
@@ -153,9 +154,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     arguments = [part for text in flags for part in (f"--{text.split('=')[0]}", text.split("=", 1)[1])]
     command = [sys.executable, str(PROJECT / "main.py"), *arguments]
     environ = environment() | {"SECONDS_BETWEEN_CHECKPOINTS": "0"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
@@ -243,41 +242,43 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
         (["dataset=absent.csv"], "absent.csv does not exist"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_sentence(run_script: Runner, tmp_path: Path, flags: list[str], said: str) -> None:
-    done = run_script("main.py", *flags)
+def test_wrong_flags_are_refused_in_one_sentence(
+    run_main: Callable[..., Ended], tmp_path: Path, flags: list[str], said: str
+) -> None:
+    done = run_main(*flags)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_a_diverging_training_says_so(run_script: Runner) -> None:
-    done = run_script("main.py", *SMALL, "lr=1e30", "epochs=30", "warmup_epochs=0")
+def test_a_diverging_training_says_so(run_main: Callable[..., Ended]) -> None:
+    done = run_main(*SMALL, "lr=1e30", "epochs=30", "warmup_epochs=0")
     assert done.returncode == 2
     assert "the training diverged" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_missing_real_table_says_what_to_do(run_script: Runner, tmp_path: Path) -> None:
-    done = run_script("main.py", env=environment() | {"PROJECT_DIR": str(tmp_path)})
+def test_a_missing_real_table_says_what_to_do(
+    run_main: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROJECT_DIR", str(tmp_path))
+    done = run_main()
     assert done.returncode == 2
     assert "`make data` downloads it; dataset=demo runs on simulated data" in done.stderr
 
 
-def test_the_device_may_come_from_the_environment(run_script: Runner) -> None:
-    done = run_script("main.py", env=environment() | {"DEVICE": "cuda:99"})
-    assert done.returncode == 2 and "device=cuda:99" in done.stderr
-
-
-def test_help_explains_every_flag(run_script: Runner) -> None:
+def test_help_explains_every_flag_and_reads_the_device_from_the_environment() -> None:
+    environ = environment() | {"DEVICE": "cuda:7"}
     done = subprocess.run(
-        [sys.executable, str(PROJECT / "main.py"), "--help"], capture_output=True, text=True, check=True, env=environment()
+        [sys.executable, str(PROJECT / "main.py"), "--help"], capture_output=True, text=True, check=True, env=environ
     )
+    assert "(default: cuda:7)" in done.stdout
     for name in ("--study_var", "--warmup_epochs", "--precision", "--device"):
         assert name in done.stdout
     assert "(default: 1500)" in done.stdout
 
 
 @pytest.mark.parametrize(("text", "value"), [("no", False), ("False", False), ("0", False), ("yes", True), ("1", True)])
-def test_yes_and_no_mean_it(run_script: Runner, tmp_path: Path, text: str, value: bool) -> None:
-    assert run_script("main.py", "dataset=demo", "model=Ridge", f"original_training={text}").returncode == 0
+def test_yes_and_no_mean_it(run_main: Callable[..., Ended], tmp_path: Path, text: str, value: bool) -> None:
+    assert run_main("dataset=demo", "model=Ridge", f"original_training={text}").returncode == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["flags"]["original_training"] is value

@@ -11,6 +11,7 @@ from utils.stacked_training import FoldData, StackTraining, member_states, pack,
 
 # Two folds with unlike numbers of rows and of batches.
 ROWS = {1: 45, 2: 70}
+CPU = torch.device("cpu")
 
 
 def fold_data(number: int) -> FoldData:
@@ -24,7 +25,7 @@ def start(model: str, numbers: list[int], members: int, precision: str = "32", w
     small = DEFAULTS | {"num_channels": (8, 8, 8, 8), "stem_channels": 8, "num_filters": 8}
     stack = make_stack(model, len(numbers) * members, 10, 16, small)
     data = [fold_data(number) for number in numbers]
-    return StackTraining(stack, data, numbers, members, recipe_for(model, small), 32, 20, warmup, 7, precision)
+    return StackTraining(stack, data, numbers, members, recipe_for(model, small), 32, 20, warmup, 7, precision, CPU)
 
 
 def train(training: StackTraining, epochs: int, first: int = 0) -> None:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from utils.errors import InputError
 from utils.recipes import Recipe, make_optimizer, make_scheduler, warm_up
-from utils.stacked_layers import Stack, load_network_state, network_state, set_dropout_generators, set_product_dtype
+from utils.stacked_layers import Stack, network_state, set_dropout_generators, set_product_dtype
 
 # What a generator is for; part of its seed.
 INITIAL_WEIGHTS, SHUFFLE, DROPOUT = range(3)
@@ -170,7 +170,7 @@ class StackTraining:
     """The stack of all folds still in training.
 
     Args:
-        stack: `members` networks for each fold, fold after fold, on the device; not initialised.
+        stack: `members` networks for each fold, fold after fold; not initialised.
         folds: data of each fold.
         numbers: the folds' numbers in the whole run, from 1; part of their seeds.
         members: networks of a fold.
@@ -180,6 +180,7 @@ class StackTraining:
         warmup_epochs: epochs of rising rate.
         seed: of every random draw.
         precision: "32" or "bf16", the number format of the convolutions' products.
+        device: that trains; initial weights are drawn on the CPU, so that they do not depend on it.
     """
 
     def __init__(
@@ -194,11 +195,13 @@ class StackTraining:
         warmup_epochs: int,
         seed: int,
         precision: str,
+        device: torch.device,
     ) -> None:
         self.stack, self.members, self.recipe = stack, members, recipe
         self.batch_size, self.epochs, self.warmup_epochs, self.seed = batch_size, epochs, warmup_epochs, seed
-        self.device = next(stack.parameters()).device
+        self.device = device
         stack.initialise([generator_for(seed, INITIAL_WEIGHTS, n, m) for n in numbers for m in range(members)])
+        stack.to(device)
         set_product_dtype(stack, torch.bfloat16 if precision == "bf16" else torch.float32)
         self.packed = pack(stack)
         self.folds = []
@@ -380,10 +383,3 @@ def member_states(stack: nn.Module, best: Packed) -> list[dict[str, Tensor]]:
     """Weights of each member of a fold's best ensemble, in PyTorch's plain layout."""
     bind(stack, best)
     return [network_state(stack, member) for member in range(len(best.weights))]
-
-
-def stack_of_members(stack: nn.Module, states: Sequence[dict[str, Tensor]]) -> nn.Module:
-    """Load members' plain weights into a stack of as many networks."""
-    for member, state in enumerate(states):
-        load_network_state(stack, member, state)
-    return stack

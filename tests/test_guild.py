@@ -1,0 +1,142 @@
+"""The project under Guild: flags, compare, batch files, restart."""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PROJECT, Ended, environment
+
+GUILD = Path(sys.executable).parent / "guild"
+SHORT = ["dataset=demo", "num_channels=8 8 8 8", "stem_channels=8"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guild")
+
+
+@pytest.fixture(scope="module")
+def guild(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(GUILD), *arguments],
+            cwd=PROJECT,
+            env=environment() | {"GUILD_HOME": str(home), "COLUMNS": "300", "SECONDS_BETWEEN_CHECKPOINTS": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return call
+
+
+def compared(guild: Callable[..., subprocess.CompletedProcess[str]]) -> list[dict[str, str]]:
+    """Rows of `guild compare`, newest first."""
+    return list(csv.DictReader(io.StringIO(guild("compare", "--csv", "-").stdout)))
+
+
+def test_a_run_without_a_name_is_main_and_compares(guild: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = guild("run", "--yes", *SHORT, "model=Ridge", "shortcut_pooling=no", "precision=32")
+    assert done.returncode == 0, done.stderr
+    assert "pkg_resources" not in done.stderr and "unsupported flag type" not in done.stderr
+    (row,) = compared(guild)
+    columns = list(row)
+    expected = ["run", "started", "status", "model", "study_var", "ensemble_count", "split_procedure", "seed"]
+    expected += ["r2_mean", "r2_std", "rrmse_mean", "rmses_mean", "rmseu_mean", "params", "time_train_mean"]
+    assert [column for column in columns if column in expected] == expected
+    assert row["dataset"] == "demo" and row["status"] == "completed"
+    assert float(row["r2_mean"]) > 0.3
+
+
+def test_guild_help_explains_every_flag(guild: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    said = guild("help").stdout
+    for name in ("study_var", "warmup_epochs", "dataset", "precision"):
+        assert name in said
+    assert "--device" not in said and " device " not in said
+    assert "Choices:" in said
+
+
+def test_a_batch_file_runs_its_rows(guild: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    before = {row["run"] for row in compared(guild)}
+    flags = [*SHORT, "model=Ridge"]
+    done = guild("run", "main", "@batch/ten_seeds.csv", *flags, "--max-trials", "2", "--yes")
+    assert done.returncode == 0, done.stderr
+    new = [row for row in compared(guild) if row["run"] not in before and row["model"] == "Ridge"]
+    assert len(new) == 2
+    assert len({row["seed"] for row in new} & {str(seed) for seed in range(1, 11)}) == 2
+
+
+BATCHES = {path.name: list(csv.DictReader(path.open())) for path in sorted((PROJECT / "batch").glob("*.csv"))}
+
+
+def test_the_batch_files_say_what_they_should() -> None:
+    assert set(BATCHES) == {"depth_and_width.csv", "published_table.csv", "ten_seeds.csv"}
+    published = BATCHES["published_table.csv"]
+    assert len(published) == 30
+    assert {row["study_var"] for row in published} == {"SpecRichness", "Shannon", "Simpson"}
+    assert len({row["seed"] for row in BATCHES["ten_seeds.csv"]}) == 10
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *BATCHES["published_table.csv"][:10],  # the table for one study variable, and a row of each of the others
+        BATCHES["published_table.csv"][12],
+        BATCHES["published_table.csv"][25],
+        BATCHES["depth_and_width.csv"][-1],
+        BATCHES["ten_seeds.csv"][0],
+    ],
+    ids=lambda row: " ".join(row.values()),
+)
+def test_a_row_of_a_batch_runs_at_reduced_epochs(run_main: Callable[..., Ended], row: dict[str, str]) -> None:
+    reduced = {"dataset": "demo", "num_kernels": "50", "num_filters": "8", **row, "epochs": "1", "warmup_epochs": "0"}
+    done = run_main(*(f"{name}={value}" for name, value in reduced.items()))
+    assert done.returncode == 0, done.stderr
+    assert "R2 mean: " in done.stdout
+
+
+def test_restart_goes_on_where_a_killed_run_stopped(
+    guild: Callable[..., subprocess.CompletedProcess[str]], home: Path
+) -> None:
+    command = [str(GUILD), "run", "--yes", "main", *SHORT, "epochs=200", "warmup_epochs=2"]
+    environ = environment() | {"GUILD_HOME": str(home), "SECONDS_BETWEEN_CHECKPOINTS": "0"}
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[*] Epoch: 20"):
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    time.sleep(0.5)
+    cut = compared(guild)[0]
+    done = guild("run", "--yes", "--restart", cut["run"])
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after epoch" in done.stdout
+    finished = next(row for row in compared(guild) if row["run"] == cut["run"])
+    assert finished["status"] == "completed" and finished["r2_mean"]
+
+
+def test_the_operation_declares_what_it_prints() -> None:
+    (model,) = yaml.safe_load((PROJECT / "guild.yml").read_text())
+    operation = model["operations"]["main"]
+    scalars = {name for entry in operation["output-scalars"] for name in entry}
+    assert {"step", "loss_train", "loss_val", "throughput", "madds", "memory"} <= scalars
+    assert {column for column in operation["compare"] if not column.startswith("=")} <= scalars
