@@ -1,8 +1,8 @@
 #!/bin/sh
 # Build the CPU image without a Docker engine and try it: a run, guild compare, the self-check, completion.
 #
-# Needs root and buildah. Arguments go to `buildah bud`. Where torch's index is out of reach but a folder has the wheel,
-# for one:
+# Needs root, buildah and some 10 GB of disk. Arguments go to `buildah bud`. Where torch's index is out of reach but a
+# folder has the wheel, for one:
 #   --build-arg TORCH_INDEX= --volume /my/wheels:/my/wheels:ro --volume /my/pip.conf:/etc/pip.conf:ro
 # Environment, all optional:
 #   STAND_IN=1   make the base image from Debian's packages with debootstrap, where Docker Hub is out of reach

@@ -25,9 +25,9 @@ image=resnets:$variant
 
 # Files that the container writes belong to whom they would without it, and never to root unless asked for.
 user=${CONTAINER_USER:-${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}}
-case "${CONTAINER_USER:-}$user" in
-  0:*) die "Root would own the runs: launch as a user of the group docker, or name one in CONTAINER_USER=UID:GID (0:0 is right for rootless Docker)." ;;
-esac
+if [ -z "${CONTAINER_USER:-}" ] && [ "${user%%:*}" = 0 ]; then
+  die "Root would own the runs: launch as a user of the group docker, or set CONTAINER_USER=UID:GID (0:0 with rootless Docker)."
+fi
 case $project${GUILD_HOME:-} in
   *\"*) die "Docker mounts no folder with a double quote in its path: rename it." ;;
 esac

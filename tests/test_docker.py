@@ -131,6 +131,12 @@ def test_launch_follows_its_environment(clone: Path) -> None:
         assert value in arguments
 
 
+def test_launch_as_root_where_asked_for(clone: Path) -> None:
+    result = call(clone, "launch.sh", CONTAINER_USER="0:0")
+    assert result.returncode == 0, result.stderr
+    assert ("--user", "0:0") in list(pairwise(docker_arguments(clone)))
+
+
 def test_launch_without_gpu(clone: Path) -> None:
     result = call(clone, "launch.sh", "--cpu")
     assert result.returncode == 0, result.stderr

@@ -147,7 +147,7 @@ def test_original_training_and_bf16_run(run_main: Callable[..., Ended]) -> None:
 
 
 # Long enough for one fold to stop early and for several checkpoints.
-LONG = ("dataset=demo", "model=ResNet18T", "num_channels=16 16 16 16", "epochs=60", "warmup_epochs=5", "lr=0.02")
+LONG = ("dataset=demo", "model=ResNet18T", "num_channels=8 8 8 8", "epochs=40", "warmup_epochs=5", "lr=0.02")
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
@@ -165,15 +165,20 @@ def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
     pytest.fail("the run ended before it could be interrupted")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, *LONG)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, end: signal.Signals) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir()
-    cut.mkdir()
-    undisturbed = start(whole, *LONG)
-    _, errors = undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == 0, errors
-    for epoch in (10, 40):
+def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, undisturbed: Path, end: signal.Signals) -> None:
+    whole, cut = undisturbed, tmp_path
+    for epoch in (10, 30):
         process = start(cut, *LONG)
         wait_for_epoch(process, epoch)
         time.sleep(0.2)
