@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Runs are kept where Guild looks for them when called in this folder.
 export GUILD_HOME ?= $(CURDIR)/.guild
 # As in guild.yml: OpenMP threads that wait soon sleep, so that a shared machine does not bring the tests to a standstill.
-export GOMP_SPINCOUNT ?= 2000
+export GOMP_SPINCOUNT ?= 5000
 
 .PHONY: run test data lock clean
 
