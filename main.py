@@ -39,7 +39,7 @@ from datasets.grassland import (
 from models import ESTIMATORS, NETWORKS, make_stack, own_flags
 from utils import figures
 from utils.errors import InputError
-from utils.flags import FlagParser, real, whole, whole_list, yes_no
+from utils.flags import FlagParser, one_of, real, whole, whole_list, yes_no
 from utils.metrics import Scores, score
 from utils.network_summary import summarise
 from utils.recipes import recipe_for
@@ -90,7 +90,7 @@ parser.flag("num_kernels", whole(1), 15000, "Rocket: number of random kernels")
 parser.flag(
     "original_training", yes_no, "no", "ResNet18T, InceptionTime: yes/no, train as in their own papers, not as in ResNeTS"
 )
-parser.flag("precision", str, "32", "number format of the convolutions' products", choices=["32", "bf16"])
+parser.flag("precision", one_of("32", "bf16"), "32", "32 or bf16, number format of the convolutions' products")
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
 parser.flag("shortcut_pooling", yes_no, "yes", "ResNet18T: yes/no, strided shortcuts average steps instead of skipping them")
 parser.flag("split_procedure", str, SPLIT_PROCEDURES[0], "what a test fold holds", choices=SPLIT_PROCEDURES)

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+# As in guild.yml, before the first test imports torch: waiting OpenMP threads soon sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
 PROJECT = Path(__file__).resolve().parent.parent
 REAL_TABLES = (PROJECT / "data" / "dataset.xlsx", PROJECT.parent / "shared" / "data" / "grassland" / "dataset.xlsx")
 

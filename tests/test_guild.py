@@ -75,7 +75,9 @@ def test_a_batch_file_runs_its_rows(guild: Callable[..., subprocess.CompletedPro
     assert len({row["seed"] for row in new} & {str(seed) for seed in range(1, 11)}) == 2
 
 
-BATCHES = {path.name: list(csv.DictReader(path.open())) for path in sorted((PROJECT / "batch").glob("*.csv"))}
+BATCHES = {
+    path.name: list(csv.DictReader(path.read_text().splitlines())) for path in sorted((PROJECT / "batch").glob("*.csv"))
+}
 
 
 def test_the_batch_files_say_what_they_should() -> None:

@@ -222,7 +222,9 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
     (line,) = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("main.py: ")]
     assert "could not be written" in line and "nothing was left half-written" in line
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*partial*")) and not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*partial*"))
+    for path in tmp_path.rglob("*.safetensors"):
+        assert read_tensors(path)[0]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
         (["strides=1 2"], "strides: '1 2' has 2 numbers"),
         (["num_channels=64 64 64 wide"], "num_channels: '64 64 64 wide' is not 4 whole numbers"),
         (["shortcut_pooling=maybe"], "shortcut_pooling: 'maybe' is neither yes nor no"),
+        (["precision=16"], "precision: '16' is neither 32 nor bf16"),
         (["epochs=0"], "epochs: 0 is not a whole number of at least 1"),
         (["beta1=1"], "beta1: 1 is not a number of at least 0 and below 1"),
         (["eps=0"], "eps: 0 is not a number above 0"),

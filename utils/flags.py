@@ -16,6 +16,17 @@ def yes_no(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no (yes/no/true/false/1/0)")
 
 
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of some names; for names that look like numbers, which Guild would not match with a list of choices."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(names)}")
+        return text
+
+    return parse
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number from `least` on, up to `most` where given."""
     expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
