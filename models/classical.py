@@ -127,9 +127,12 @@ class Rocket:
     KERNEL_ARRAYS = ("weights", "lengths", "biases", "dilations", "paddings", "channel_counts", "channels")
 
     def __init__(self, seed: int, num_kernels: int) -> None:
-        from sktime.transformations.rocket import Rocket as RocketTransform  # imported here: it takes seconds
+        import numba  # imported here: these take seconds
+        from sktime.transformations.rocket import Rocket as RocketTransform
 
-        self.transform = RocketTransform(num_kernels, random_state=seed, n_jobs=-1)
+        # As many threads as numba has; sktime's "all" counts cores that a container or NUMBA_NUM_THREADS withholds.
+        threads = numba.config.NUMBA_NUM_THREADS
+        self.transform = RocketTransform(num_kernels, random_state=seed, n_jobs=threads)
         self.scaler = StandardScaler(with_mean=False)
         self.ridge = RidgeCV(alphas=np.logspace(-3, 3, 10))
 

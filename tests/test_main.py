@@ -134,6 +134,12 @@ def test_estimators_go_through_the_same_door(run_main: Callable[..., Ended], tmp
     assert (rows["predicted_sd"].max() > 0) == (members > 1)
 
 
+def test_rocket_runs_on_the_threads_that_it_is_given(run_script: Runner) -> None:
+    environ = environment() | {"NUMBA_NUM_THREADS": "1"}
+    done = run_script("main.py", "dataset=demo", "model=Rocket", "num_kernels=20", env=environ)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("model", ["MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet", "InceptionTime"])
 def test_every_architecture_runs_to_its_figures(run_main: Callable[..., Ended], model: str) -> None:
     done = run_main("dataset=demo", f"model={model}", "num_filters=8", "epochs=1", "warmup_epochs=0")
