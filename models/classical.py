@@ -131,8 +131,7 @@ class Rocket:
         from sktime.transformations.rocket import Rocket as RocketTransform
 
         # As many threads as numba has; sktime's "all" counts cores that a container or NUMBA_NUM_THREADS withholds.
-        threads = numba.config.NUMBA_NUM_THREADS
-        self.transform = RocketTransform(num_kernels, random_state=seed, n_jobs=threads)
+        self.transform = RocketTransform(num_kernels, random_state=seed, n_jobs=numba.get_num_threads())
         self.scaler = StandardScaler(with_mean=False)
         self.ridge = RidgeCV(alphas=np.logspace(-3, 3, 10))
 
