@@ -121,9 +121,13 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
                 f"{path}, row {position + 2} (yep {rows['yep'].iloc[position]}), column {column!r}: "
                 f"'{rows[column].iloc[position]}' is not a finite number"
             )
-    repeated = rows.loc[rows["yep"].duplicated() & rows["yep"].notna(), "yep"]
+    repeated = np.flatnonzero(rows["yep"].duplicated() & rows["yep"].notna())
     if len(repeated):
-        raise InputError(f"{path}: yep {repeated.iloc[0]!r} appears more than once; one row a plot and year is expected")
+        position = int(repeated[0])
+        raise InputError(
+            f"{path}, row {position + 2}: yep '{rows['yep'].iloc[position]}' appears more than once; "
+            f"one row a plot and year is expected"
+        )
 
 
 def prepare(table: Table, study_variable: str) -> Samples:

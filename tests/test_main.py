@@ -236,13 +236,13 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["model=VGG"], "invalid choice: 'VGG'"),
+        (["model=VGG"], "model: 'VGG' is not one of MLP, BiLSTM"),
         (["study_var=Evenness"], "invalid choice: 'Evenness'"),
         (["split_procedure=random"], "invalid choice: 'random'"),
         (["strides=1 2"], "strides: '1 2' has 2 numbers"),
         (["num_channels=64 64 64 wide"], "num_channels: '64 64 64 wide' is not 4 whole numbers"),
         (["shortcut_pooling=maybe"], "shortcut_pooling: 'maybe' is neither yes nor no"),
-        (["precision=16"], "precision: '16' is neither 32 nor bf16"),
+        (["precision=16"], "precision: '16' is not one of 32, bf16"),
         (["epochs=0"], "epochs: 0 is not a whole number of at least 1"),
         (["beta1=1"], "beta1: 1 is not a number of at least 0 and below 1"),
         (["eps=0"], "eps: 0 is not a number above 0"),

@@ -17,11 +17,14 @@ def yes_no(text: str) -> bool:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """One of some names; for names that look like numbers, which Guild would not match with a list of choices."""
+    """One of some names, checked here where Guild's own check of choices would not do.
+
+    Guild reads a name like 32 as a number, and keeps the choices it once imported when only `models` has changed.
+    """
 
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
         return text
 
     return parse

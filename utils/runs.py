@@ -140,6 +140,7 @@ def choose_device(name: str) -> torch.device:
         return device
     if device.type != "cuda":
         raise InputError(f"device={name} is not one of auto, cpu, cuda or cuda:N")
+    present = torch.cuda.device_count()
     raise InputError(
-        f"device={name} was asked for, but {torch.cuda.device_count()} CUDA devices are present; use device=cpu"
+        f"device={name} was asked for, but {present} CUDA devices are present; DEVICE=cpu or --device cpu runs without"
     )
