@@ -68,8 +68,11 @@ def test_low_precision_products_follow_the_same_convolution(kernel: int, stride:
         assert (rounded - exact).norm() / exact.norm() < 2**-7
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["one network after the other", "all at once"])
 @pytest.mark.parametrize("relu", [False, True])
-def test_batch_norm_and_its_gradients_are_those_of_batch_norm_1d(relu: bool) -> None:
+def test_batch_norm_and_its_gradients_are_those_of_batch_norm_1d(relu: bool, masked: bool) -> None:
+    """A mask of ones takes the way of ragged batches and GPUs, which must give the same."""
+    mask = torch.ones(NETWORKS, SAMPLES, dtype=torch.float64) if masked else None
     norm = BatchNorm(NETWORKS, 4, eps=1e-3, momentum=0.01).double()
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
@@ -79,7 +82,7 @@ def test_batch_norm_and_its_gradients_are_those_of_batch_norm_1d(relu: bool) -> 
         reference = nn.BatchNorm1d(4, eps=1e-3, momentum=0.01).double()
         reference.load_state_dict({**network_state(norm, network), "num_batches_tracked": torch.tensor(0)})
         plain_norms.append(reference)
-    y = norm(x, relu=relu)
+    y = norm(x, mask, relu=relu)
     upstream = torch.randn_like(y)
     gradients = torch.autograd.grad(y, (x, norm.weight, norm.bias), upstream)
     for network, reference in enumerate(plain_norms):
