@@ -1,0 +1,120 @@
+"""Losses of the canopy-height network on the standardised height (Kalinicheva et al. 2026, section 3.4).
+
+Tensors are (sample, 1, row, column). A pixel weighs 1 on tall vegetation and `weight_no_vegetation` elsewhere.
+
+Several processes that share a batch must end in the gradient of the whole batch. What a loss divides by, and the
+percentile of the gradient difference, therefore come from all of them through a `Pool`; the mean of the processes'
+losses, which is what distributed training takes, is then the loss of the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("patch_mae+gradient+vegetation", "patch_mae+vegetation", "mae+vegetation")
+GRADIENT_SHARE = 0.33  # weight of the gradient difference in the sum
+TINY = 1e-5
+
+
+class Pool(NamedTuple):
+    """How processes that share a batch see it whole.
+
+    Attributes:
+        processes: how many there are.
+        gather: a tensor of each process (one shape) to all of them, joined along the first axis.
+    """
+
+    processes: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def share(self, part: Tensor, whole: Tensor) -> Tensor:
+        """The part of a process over the sum of all processes' `whole`, scaled for the mean over processes."""
+        return part * self.processes / self.gather(whole.detach().reshape(1)).sum()
+
+
+ALONE = Pool()
+
+
+def pixel_weights(no_vegetation: Tensor, weight_no_vegetation: float) -> Tensor:
+    """1 on tall vegetation, `weight_no_vegetation` where the mask is set."""
+    return torch.ones_like(no_vegetation, dtype=torch.float32).masked_fill_(no_vegetation, weight_no_vegetation)
+
+
+def patch_average_mae(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean absolute error of each sample, then the mean over the samples."""
+    errors = ((prediction - target).abs() * weights).flatten(1).sum(1)
+    return (errors / (weights.flatten(1).sum(1) + TINY)).mean()
+
+
+def pixel_average_mae(prediction: Tensor, target: Tensor, weights: Tensor, pool: Pool = ALONE) -> Tensor:
+    """Weighted mean absolute error over all pixels of the batch; 0 where no pixel has weight."""
+    return pool.share(((prediction - target).abs() * weights).sum(), weights.sum().clamp_min(TINY / pool.processes))
+
+
+def percentile_95(values: Tensor) -> Tensor:
+    """95th percentile of a flat tensor with linear interpolation, 0 of none; torch.quantile stops at 2^24 values."""
+    if len(values) == 0:
+        return values.new_zeros(())
+    place = 0.95 * (len(values) - 1)
+    below = int(place)
+    low = values.kthvalue(below + 1).values
+    high = values.kthvalue(min(below + 2, len(values))).values
+    return low + (high - low) * (place - below)
+
+
+def weighted_gradient_difference(prediction: Tensor, target: Tensor, weights: Tensor, pool: Pool = ALONE) -> Tensor:
+    """Squared difference of first differences, steep edges of the target weighing most; the mean of both directions.
+
+    A difference between neighbours weighs 0.1 + 0.9 g / (g95 + 1e-5), where g is the target's absolute difference times
+    the weight of the second pixel (the right or lower one), and g95 its 95th percentile over the batch.
+    """
+    parts = []
+    for axis in (2, 3):
+        second = weights.narrow(axis, 1, weights.shape[axis] - 1)
+        steepness = target.diff(dim=axis).abs() * second
+        all_second = pool.gather(second)
+        g95 = percentile_95(pool.gather(steepness)[all_second > 0]).clamp_min(TINY)
+        edge = 0.1 + 0.9 * steepness / (g95 + TINY)
+        difference = (prediction.diff(dim=axis) - target.diff(dim=axis)) ** 2
+        parts.append((difference * edge * second).sum() * pool.processes / (all_second.sum() + TINY))
+    return (parts[0] + parts[1]) / 2
+
+
+def vegetation_loss(logit: Tensor, no_vegetation: Tensor) -> Tensor:
+    """Binary cross-entropy of the vegetation logit, the mean over all pixels."""
+    return F.binary_cross_entropy_with_logits(logit, (~no_vegetation).to(logit.dtype))
+
+
+def canopy_loss(
+    name: str,
+    height: Tensor,
+    logit: Tensor,
+    target: Tensor,
+    no_vegetation: Tensor,
+    weight_no_vegetation: float,
+    pool: Pool = ALONE,
+) -> Tensor:
+    """The loss called `name`, one of `LOSSES`.
+
+    Args:
+        name: its terms, joined by +.
+        height: predicted, standardised.
+        logit: of vegetation.
+        target: standardised height.
+        no_vegetation: True where there is no tall vegetation.
+        weight_no_vegetation: weight of those pixels in the terms of height.
+        pool: the processes that share the batch.
+    """
+    weights = pixel_weights(no_vegetation, weight_no_vegetation)
+    terms = name.split("+")
+    total = vegetation_loss(logit, no_vegetation)
+    if "patch_mae" in terms:
+        total = total + patch_average_mae(height, target, weights)
+    if "mae" in terms:
+        total = total + pixel_average_mae(height, target, weights, pool)
+    if "gradient" in terms:
+        total = total + GRADIENT_SHARE * weighted_gradient_difference(height, target, weights, pool)
+    return total
