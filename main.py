@@ -7,7 +7,6 @@ stack of networks; a run that was interrupted goes on from its last checkpoint.
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -52,22 +51,23 @@ from utils.runs import (
     read_tensors,
     refuse_other_flags,
     run_or_explain,
+    say,
+    versions,
     whole_file,
     write_tensors,
     write_text,
 )
+from utils.seeds import ESTIMATOR_MEMBERS, generator_for
 from utils.stacked_training import (
     Fold,
     FoldData,
     StackTraining,
-    generator_for,
     member_states,
     patience_of,
     predict,
 )
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
-ESTIMATOR_MEMBERS = 3  # purpose of a generator: seeds of the members of a Rocket ensemble
 
 parser = FlagParser(prog="main.py", description=__doc__)
 parser.flag("batch_size", whole(1), 32, "rows of a training batch")
@@ -198,18 +198,13 @@ class Run:
 
     def _continue(self, path: Path) -> None:
         tensors, record = read_tensors(path)
-        refuse_other_flags(path.absolute(), record["identity"], _json_like(self.identity))
+        refuse_other_flags(path.absolute(), record["identity"], self.identity)
         for entry in record["results"]:
             self.results[entry["number"]] = Result(**entry, predictions=tensors[f"fold_{entry['number']}.predictions"])
         self.counts = record["counts"]
         if record["training"] is not None:
             self.checkpoint = tensors, record
-        self.say(f"Resuming after epoch {record['epochs_done']}, {len(self.results)} of {len(self.splits)} folds finished")
-
-    def say(self, line: str) -> None:
-        """Print a line without breaking a progress bar."""
-        tqdm.write(f"[*] {line}", file=sys.stdout)
-        sys.stdout.flush()
+        say(f"Resuming after epoch {record['epochs_done']}, {len(self.results)} of {len(self.splits)} folds finished")
 
     def fold_data(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """All rows x (sample, band, step), standardised for a fold from its training rows, and y (sample,)."""
@@ -258,16 +253,6 @@ class Run:
         self.saved_at = time.perf_counter()
 
 
-def _json_like(values: dict[str, Any]) -> dict[str, Any]:
-    """Flags as they come back from JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the results."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
 def report_data(table: Table, samples: Samples, splits: Sequence[Split]) -> None:
     """Say what the run works on."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in samples.dropped.items())
@@ -305,7 +290,7 @@ def train_networks(run: Run) -> None:
     )
     report_size(run, training)
     if flags["precision"] == "bf16" and run.device.type == "cpu" and not fast_bf16():
-        run.say("precision=bf16: this processor has no bfloat16 products (avx512_bf16 or amx_bf16), expect a slower run")
+        say("precision=bf16: this processor has no bfloat16 products (avx512_bf16 or amx_bf16), expect a slower run")
 
     done = 0
     if run.checkpoint is not None:
@@ -322,7 +307,7 @@ def train_networks(run: Run) -> None:
             recorder.epoch(epoch)
             if epoch == 0 or (epoch + 1) % 10 == 0 or epoch + 1 == warmup:
                 recorder.flush()
-                run.say(f"Warmup epoch: {epoch + 1}/{warmup} - Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
+                say(f"Warmup epoch: {epoch + 1}/{warmup} - Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
                 recorder.save_if_due(epoch + 1)
             bar.update()
     if done <= warmup:
@@ -337,14 +322,14 @@ def train_networks(run: Run) -> None:
             stopped = []
             if validated or epoch == epochs:
                 recorder.flush()
-                run.say(f"Epoch: {epoch}")
-                run.say(f"Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
-                run.say(f"Val loss: {recorder.mean('loss_val'):.4f}{run.note}")
+                say(f"Epoch: {epoch}")
+                say(f"Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
+                say(f"Val loss: {recorder.mean('loss_val'):.4f}{run.note}")
                 patience = patience_of(epochs)
                 stopped = [f for f in training.folds if epoch == epochs or f.validations_without_best >= patience]
                 for fold in stopped:
                     if epoch < epochs:
-                        run.say(f"Fold {fold.number}/{len(run.splits)}: Early stopping at epoch {epoch}")
+                        say(f"Fold {fold.number}/{len(run.splits)}: Early stopping at epoch {epoch}")
                     finish_fold(run, fold, epoch)
                 training.leave(stopped)
                 recorder.save_if_due(warmup + epoch, at_once=bool(stopped))
@@ -501,7 +486,7 @@ def report_results(run: Run) -> None:
         predicted = members.mean(0)
         scores.append(score(samples.y[test], predicted))
         if np.ptp(predicted) == 0:
-            run.say(f"Fold {result.number}/{len(results)}: all predictions are the same, r2 is undefined and counted as 0")
+            say(f"Fold {result.number}/{len(results)}: all predictions are the same, r2 is undefined and counted as 0")
         keys = samples.keys.iloc[test]
         tables.append(
             pd.DataFrame(
@@ -519,7 +504,7 @@ def report_results(run: Run) -> None:
             )
         )
         one = scores[-1]
-        run.say(
+        say(
             f"Fold {result.number}/{len(results)} - R2: {one.r2:.4f} - RRMSE: {one.rrmse:.4f} - RMSES: {one.rmses:.4f} - "
             f"RMSEU: {one.rmseu:.4f}{run.note}"
         )
@@ -527,15 +512,15 @@ def report_results(run: Run) -> None:
     for name in Scores._fields:
         values = np.array([getattr(one, name) for one in scores])
         summary[f"{name}_mean"], summary[f"{name}_std"] = float(values.mean()), float(values.std())
-        run.say(f"{name.upper()} mean: {values.mean():.4f}{run.note}")
-        run.say(f"{name.upper()} std: {values.std():.4f}{run.note}")
+        say(f"{name.upper()} mean: {values.mean():.4f}{run.note}")
+        say(f"{name.upper()} std: {values.std():.4f}{run.note}")
     for label, name in (("Training", "train"), ("Testing", "test")):
         seconds = np.array([getattr(result, f"seconds_{name}") for result in results])
         summary[f"time_{name}_mean"], summary[f"time_{name}_std"] = float(seconds.mean()), float(seconds.std())
-        run.say(f"{label} time mean: {seconds.mean():.2f} s")
-        run.say(f"{label} time std: {seconds.std():.2f} s")
+        say(f"{label} time mean: {seconds.mean():.2f} s")
+        say(f"{label} time std: {seconds.std():.2f} s")
     summary["throughput"] = run.counts["network_epochs"] / max(run.counts["network_seconds"], 1e-9)
-    run.say(f"Throughput: {summary['throughput']:.2f} epochs/s of one network")
+    say(f"Throughput: {summary['throughput']:.2f} epochs/s of one network")
     write_results(run, results, scores, summary, pd.concat(tables, ignore_index=True))
 
 

@@ -10,8 +10,8 @@ from conftest import DEFAULTS, golden
 from models import ESTIMATORS, NETWORKS, make_stack
 from models.classical import GaussianProcess, Ridge, Rocket
 from utils.errors import InputError
+from utils.seeds import INITIAL_WEIGHTS, generator_for
 from utils.stacked_layers import Stack, load_network_state, network_state
-from utils.stacked_training import INITIAL_WEIGHTS, generator_for
 
 CASES = golden("biodiversity_models")["models"]
 FILL = {

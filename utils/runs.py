@@ -4,15 +4,18 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.errors import InputError
 
@@ -33,6 +36,17 @@ def how_to_resume() -> str:
     """The command that takes an interrupted run up again."""
     run = os.environ.get("RUN_ID")
     return f"guild run --restart {run[:8]}" if run else "the same command in the same folder"
+
+
+def say(line: str) -> None:
+    """Print a line of a run without breaking a progress bar."""
+    tqdm.write(f"[*] {line}", file=sys.stdout)
+    sys.stdout.flush()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the results."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
 @contextlib.contextmanager
@@ -84,12 +98,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other flags or another table than it started with.
+    """Refuse to continue a run with other flags or other data than it started with.
 
     Raises:
         InputError: something differs.
     """
-    for name, value in now.items():
+    for name, value in json.loads(json.dumps(now)).items():
         if before.get(name) != value:
             raise InputError(
                 f"{path} continues a run with {name}={before.get(name)}, but {name}={value} was given; "

@@ -14,26 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from utils.errors import InputError
 from utils.recipes import Recipe, make_optimizer, make_scheduler, warm_up
+from utils.seeds import DROPOUT, INITIAL_WEIGHTS, SHUFFLE, generator_for
 from utils.stacked_layers import Stack, network_state, set_dropout_generators, set_product_dtype
 
-# What a generator is for; part of its seed.
-INITIAL_WEIGHTS, SHUFFLE, DROPOUT = range(3)
 # Weights of a network start at multiples of this many floats, a cache line.
 ALIGNMENT = 16
 PREDICTION_ROWS = 1024
-
-
-def generator_for(seed: int, purpose: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose."""
-    low, high = np.random.SeedSequence([seed, purpose, *key]).generate_state(2)
-    return torch.Generator(device).manual_seed(int(high) << 32 | int(low))
 
 
 def patience_of(epochs: int) -> int:
