@@ -4,8 +4,8 @@
 
 Both ways draw random windows with the margin of a network and up to 12 images, in one process. The plain way opens
 each image, the LiDAR and the mask and reads the window alone. Rounds alternate, and medians are reported. All files
-are in the page cache after the first round, which is not counted: a disk would only add to the plain way's lead in
-files opened and bytes decoded.
+are in the page cache after the first round, which is not counted, so the figures are those of opening, decoding and
+copying, not of a disk.
 """
 
 import argparse

@@ -33,9 +33,7 @@ def patches(root: Path) -> list[CachedPatch]:
 
 def cached(root: Path, resolution: float, **flags: Any) -> list[CachedPatch]:
     catalogue = read_catalogue(root, resolution=resolution, **flags)
-    return cache_patches(
-        select(catalogue, "training").patches, root / "cache", resolution=resolution, workers=1, say=[].append
-    )
+    return cache_patches(select(catalogue, "training").patches, root / "cache", resolution=resolution, workers=1)
 
 
 def training(patches: list[CachedPatch], **flags: Any) -> CanopyPatches:
