@@ -46,6 +46,7 @@ from utils.runs import (
     CHECKPOINT,
     called_from,
     choose_device,
+    fast_bf16,
     keep_freed_memory,
     project_folder,
     read_tensors,
@@ -289,7 +290,7 @@ def train_networks(run: Run) -> None:
         run.device,
     )
     report_size(run, training)
-    if flags["precision"] == "bf16" and run.device.type == "cpu" and not fast_bf16():
+    if flags["precision"] == "bf16" and run.device.type == "cpu" and not fast_bf16(run.device):
         say("precision=bf16: this processor has no bfloat16 products (avx512_bf16 or amx_bf16), expect a slower run")
 
     done = 0
@@ -426,12 +427,6 @@ def finish_fold(run: Run, fold: Fold, epoch: int) -> None:
     )
     weights = {f"member_{m}.{name}": tensor for m, state in enumerate(states, 1) for name, tensor in state.items()}
     run.finish(result, weights)
-
-
-def fast_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 natively."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def report_size(run: Run, training: StackTraining) -> None:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from datasets.demo_tile import demo_root
 from rasterio.windows import Window
 
 from datasets.canopy_cache import cache_patches
 from datasets.canopy_catalogue import BORDER, PIXEL, SQUARE_SIZE, Patch, opened, read_catalogue, select
 from datasets.canopy_reference import at_resolution, drop_low_and_isolated
 from datasets.canopy_tiles import CanopyPatches
+from datasets.demo_tile import demo_root
 
 WINDOW, MARGIN, DATES = 64, 32, 12
 

@@ -1,5 +1,6 @@
 """What several test files share: where the real table is, golden numbers, running a script as a user does."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -65,10 +66,11 @@ class Ended(NamedTuple):
     stderr: str
 
 
-@pytest.fixture
-def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Run main.py in this process and the test's folder, without the seconds that a fresh interpreter takes."""
-    import main
+def _in_process(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run a script's main function in this process and the test's folder."""
+    module = importlib.import_module(script)
     from utils.runs import run_or_explain
 
     for name in ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR"):
@@ -77,14 +79,34 @@ def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
     def run(*flags: str) -> Ended:
         arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
-        monkeypatch.setattr("sys.argv", ["main.py", *arguments])
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
         try:
-            run_or_explain(main.main)
+            run_or_explain(module.main)
         except SystemExit as ended:
             return Ended(int(ended.code or 0), *capsys.readouterr())
         return Ended(0, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run main.py without the seconds that a fresh interpreter takes."""
+    return _in_process("main", tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def run_canopy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run canopy.py without the seconds that a fresh interpreter takes."""
+    return _in_process("canopy", tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root of few simulated squares: one tile, two for training, one each for validation and test."""
+    from datasets.demo_tile import demo_root
+
+    return demo_root(tmp_path_factory.mktemp("tiles"), small=True)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,21 +99,15 @@ def errors_at_best_shift(prediction: Tensor, target: Tensor, no_vegetation: Tens
     return torch.stack(sums).amin(0), valid.flatten(1).sum(1)
 
 
-def _of_heights(device: torch.device) -> dict[str, Metric]:
-    metrics = {
-        "pixels": SumMetric(),
-        "mae": MeanAbsoluteError(),
-        "rmse": MeanSquaredError(squared=False),
-        "bias": MeanMetric(),
-        "mape": MeanAbsolutePercentageError(),
-        "r2": R2Score(),
+def _of_heights(**options: Any) -> dict[str, Metric]:
+    return {
+        "pixels": SumMetric(**options),
+        "mae": MeanAbsoluteError(**options),
+        "rmse": MeanSquaredError(squared=False, **options),
+        "bias": MeanMetric(**options),
+        "mape": MeanAbsolutePercentageError(**options),
+        "r2": R2Score(**options),
     }
-    return {name: _in_double(metric, device) for name, metric in metrics.items()}
-
-
-def _in_double(metric: Metric, device: torch.device) -> Metric:
-    """Sums over a hundred million pixels need more digits than float32 has."""
-    return metric.to(device).set_dtype(torch.float64)
 
 
 class CanopyScores:
@@ -121,21 +116,27 @@ class CanopyScores:
     Args:
         tiles: names of the tiles that will come.
         device: of the batches.
+        pooled: with what other processes collect at the same time.
     """
 
-    def __init__(self, tiles: Iterable[str], device: torch.device) -> None:
+    def __init__(self, tiles: Iterable[str], device: torch.device, pooled: bool = True) -> None:
         groups = ["all", *class_names(), *(f"tile {tile}" for tile in tiles)]
-        self.heights = {group: _of_heights(device) for group in groups}
+        options: dict[str, Any] = {"sync_on_compute": pooled}
+        self.heights = {group: _of_heights(**options) for group in groups}
         self.vegetation: dict[str, Metric] = {
-            "precision": BinaryPrecision().to(device),
-            "recall": BinaryRecall().to(device),
-            "f1": BinaryF1Score().to(device),
-            "accuracy": BinaryAccuracy().to(device),
-            "iou": BinaryJaccardIndex().to(device),
+            "precision": BinaryPrecision(**options),
+            "recall": BinaryRecall(**options),
+            "f1": BinaryF1Score(**options),
+            "accuracy": BinaryAccuracy(**options),
+            "iou": BinaryJaccardIndex(**options),
         }
         names = ("step_errors_down", "steps_down", "step_errors_right", "steps_right", "shifted_errors", "shifted_pixels")
         powers = ("power_prediction", "power_reference", "quarters")
-        self.sums = {name: _in_double(SumMetric(), device) for name in (*names, *powers)}
+        self.sums: dict[str, Metric] = {name: SumMetric(**options) for name in (*names, *powers)}
+        every = [*self.heights.values(), self.vegetation, self.sums]
+        for metric in itertools.chain.from_iterable(metrics.values() for metrics in every):
+            # Sums over a hundred million pixels need more digits than float32 has.
+            metric.to(device).set_dtype(torch.float64)
 
     def update(
         self, prediction: Tensor, vegetation: Tensor, target: Tensor, no_vegetation: Tensor, tiles: Sequence[str]

@@ -81,6 +81,27 @@ def whole_list(length: int) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
+def number_of(*allowed: float) -> Callable[[str], float]:
+    """One of some numbers, however it is written."""
+    expected = ", ".join(f"{value:g}" for value in allowed)
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {expected}")
+        return value
+
+    return parse
+
+
+def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The word auto, whose value (None) is settled by something else, or what `parse` accepts."""
+    return lambda text: None if text == "auto" else parse(text)
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse whose flags have types with ranges, and whose errors are one sentence with exit code 2.
 

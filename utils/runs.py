@@ -158,3 +158,11 @@ def choose_device(name: str) -> torch.device:
     raise InputError(
         f"device={name} was asked for, but {present} CUDA devices are present; DEVICE=cpu or --device cpu runs without"
     )
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

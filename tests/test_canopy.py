@@ -1,0 +1,272 @@
+"""Operation canopy as a user meets it: what a run leaves, resuming, several processes, presets, errors."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from conftest import PROJECT, Ended, Runner, environment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import canopy
+from models.pixel_baselines import PARTS_OF_YEAR, fit_boosting, pixel_features
+from utils.canopy_metrics import class_names
+from utils.errors import InputError
+from utils.runs import CHECKPOINT, read_tensors
+
+SHORT = ["preset=demo", "batch_size=2", "epochs=2", "window=16", "num_rdb=1", "num_dense_layers=1", "channels=8"]
+SHORT += ["growth_channels=4", "max_dates=3", "validations_per_epoch=1", "t_0=1", "precision=32"]
+
+
+@pytest.fixture
+def tiles(small_tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a run on the small tiles, its cache shared by the tests."""
+    return [f"data={small_tiles}", f"cache={tmp_path_factory.getbasetemp() / 'canopy_cache'}"]
+
+
+def test_a_run_leaves_what_it_promises(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(tiles[0].partition("=")[2])
+    monkeypatch.setattr(canopy, "demo_root", lambda _: root)
+    done = run_canopy(*SHORT, "data=demo", tiles[1])
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert document["data"]["simulated"] and document["squares"] == {"training": 2, "validation": 1, "test": 1}
+    total = document["test"]["all"]
+    assert {"mae", "rmse", "bias", "mape", "r2", "gradient_difference", "fine_structure_percent", "mae_best_shift"} < set(
+        total
+    )
+    assert {"precision", "recall", "f1", "accuracy", "iou"} < set(total)
+    assert sum(document["test"][name]["pixels"] for name in class_names()) == total["pixels"]
+    assert document["test"]["tile 31TDL"]["mae"] == pytest.approx(total["mae"])
+    assert set(document["baselines"]) == {"mean height", "gradient boosting"}
+    assert f"[*] MAE: {total['mae']:.4f} m (simulated)" in done.stdout
+    for name in ("scatter.png", "height_classes.png", "test.png", "pictures/validation_0002.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / CHECKPOINT).exists()
+
+    (window,) = (tmp_path / "test").iterdir()
+    with rasterio.open(window) as file:
+        assert file.crs.to_epsg() == 2154 and file.res == (5, 5) and file.shape == (32, 32) and file.nodata == -10000
+        assert file.descriptions == ("height (m)", "vegetation (probability)", "reference (m)", "error (m)")
+        assert file.tags()["note"] == "simulated"
+        height, vegetation, reference, error = file.read()
+        easting, northing = (1000 * int(part) for part in window.stem.split("_")[1:])
+        assert (file.bounds.left, file.bounds.top) == (easting + 420, northing - 420)
+    valid = error != -10000
+    np.testing.assert_allclose(error[valid], (height - reference)[valid], atol=1e-5)
+    assert np.abs(error[valid]).mean() == pytest.approx(total["mae"], rel=1e-4)
+    assert vegetation.min() >= 0 and vegetation.max() <= 1 and height.min() >= 0
+
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {
+        "best.safetensors",
+        "second_best.safetensors",
+        "last.safetensors",
+    }
+    _, record = read_tensors(tmp_path / "models" / "best.safetensors")
+    assert record["simulated"] and record["margin"] == 8 and record["resolution"] == 5 and record["angles"]
+    assert record["statistics"]["source"] in ("published", "training pixels") and record["flags"]["channels"] == 8
+
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    assert len(events.Scalars("loss_train")) == 2 and events.Scalars("lr")[0].value == pytest.approx(2e-3)
+    assert len(events.Images("validation")) == 2 and {"scatter", "test"} <= set(events.Tags()["images"])
+
+
+def test_the_best_weights_are_tested(run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path) -> None:
+    """A rate that grows wild after the first step leaves the first validation the best."""
+    done = run_canopy(*SHORT, *tiles, "epochs=3", "lr=0.05", "seed=3")
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    losses = {record["step"]: record["loss_val"] for record in document["validations"]}
+    assert losses[document["best_step"]] == min(losses.values())
+    best, record = read_tensors(tmp_path / "models" / "best.safetensors")
+    assert record["step"] == document["best_step"]
+    last, _ = read_tensors(tmp_path / "models" / "last.safetensors")
+    assert document["best_step"] == 3 or any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
+    """A run of its own process."""
+    arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
+    command = [sys.executable, str(PROJECT / "canopy.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def results(folder: Path) -> tuple[dict[str, Any], bytes, bytes]:
+    """What must be the same in two runs that ought to be."""
+    document = json.loads((folder / "metrics.json").read_text())
+    figures = {name: document[name] for name in ("test", "best_step", "steps", "validations")}
+    return figures, (folder / "models" / "last.safetensors").read_bytes(), next((folder / "test").iterdir()).read_bytes()
+
+
+def test_a_killed_run_goes_on_to_the_same_figures_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
+    folders = tmp_path / "undisturbed", tmp_path / "killed"
+    flags = [*SHORT, *tiles, "epochs=4", "validations_per_epoch=0.5"]
+    for folder in folders:
+        folder.mkdir()
+    killed = start(folders[1], *flags)
+    deadline = time.time() + 120
+    while not (folders[1] / CHECKPOINT).exists() and time.time() < deadline and killed.poll() is None:
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    assert (folders[1] / CHECKPOINT).exists() and not (folders[1] / "metrics.json").exists()
+    for folder in folders:
+        process = start(folder, *flags)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    (figures, *files), (others, *other_files) = (results(folder) for folder in folders)
+    assert json.dumps(figures) == json.dumps(others)
+    assert files == other_files
+
+
+def test_an_interrupted_run_says_how_to_resume(tiles: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, *SHORT, *tiles, "epochs=1000", "patience=1000")
+    deadline = time.time() + 120
+    while not (tmp_path / CHECKPOINT).exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command in the same folder" in errors and "Traceback" not in errors
+
+
+def test_a_checkpoint_is_not_continued_with_other_flags(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canopy, "report_test", lambda *_: (_ for _ in ()).throw(InputError("stopped")))
+    assert run_canopy(*SHORT, *tiles).returncode == 2
+    assert (tmp_path / CHECKPOINT).exists()
+    done = run_canopy(*SHORT, *tiles, "seed=7")
+    assert done.returncode == 2 and "seed=42" in done.stderr and "seed=7" in done.stderr
+
+
+@pytest.mark.parametrize("loss", ["patch_mae+gradient+vegetation", "mae+vegetation"])
+def test_two_processes_end_where_one_ends(run_script: Runner, tiles: list[str], tmp_path: Path, loss: str) -> None:
+    outcomes = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        done = run_script("canopy.py", *SHORT, *tiles, f"devices={devices}", f"loss={loss}", "accumulate=1", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        document = json.loads((folder / "metrics.json").read_text())
+        outcomes.append((document, read_tensors(folder / "models" / "last.safetensors")[0]))
+    (one, weights), (two, others) = outcomes
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=2e-5)
+    for record, other in zip(one["validations"], two["validations"], strict=True):
+        assert other == pytest.approx(record, rel=1e-3)
+    assert two["test"]["all"] == pytest.approx(one["test"]["all"], rel=1e-2, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "flags", [["encoder=unet", "upsampling=interpolation", "resolution=10"], ["resolution=2.5", "precision=auto"]], ids=str
+)
+def test_variants_run(run_canopy: Callable[..., Ended], tiles: list[str], flags: list[str]) -> None:
+    done = run_canopy(*SHORT, *tiles, "epochs=1", *flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["resolution=3"], "resolution: '3' is not one of 10, 5, 2.5"),
+        (["encoder=vit"], "encoder: 'vit' is not one of rdn, unet"),
+        (["loss=mse"], "loss: 'mse' is not one of"),
+        (["tiles=30TXT"], "no tile 30TXT; present: 31TDL"),
+        (["data=nowhere"], "nowhere has no table"),
+        (["window=120"], "window of 120 pixels"),
+        (["batch_size=3"], "2 training squares do not fill one step of batch_size=3"),
+        (["devices=3", "batch_size=2"], "batch_size=2 cannot be shared evenly by 3 processes"),
+        (["min_dates=50"], "min_dates"),
+        (["lidar_resolution=5", "resolution=5"], "LiDAR"),
+        (["channels=6"], "channels"),
+        (["lr=1e30"], "is not finite"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_refused_in_one_sentence(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, flags: list[str], expected: str
+) -> None:
+    done = run_canopy(*SHORT, *tiles, *flags)
+    assert done.returncode == 2 and expected in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("canopy.py: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_bf16_is_refused_where_there_is_none_and_auto_falls_back(
+    run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    refused = run_canopy(*SHORT, *tiles, "precision=bf16")
+    assert refused.returncode == 2 and "precision=bf16" in refused.stderr
+    done = run_canopy(*SHORT, *tiles, "precision=auto", "epochs=1")
+    assert "[*] Precision 32: cpu does not multiply bf16" in done.stdout
+
+
+def test_out_of_memory_says_which_flags_to_lower(
+    run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(canopy, "predict", fail)
+    done = run_canopy(*SHORT, *tiles)
+    assert done.returncode == 2
+    assert "batch_size=2" in done.stderr and "32 x 32 pixels" in done.stderr and "lower batch_size" in done.stderr
+
+
+def test_presets_say_what_they_change() -> None:
+    cpu = torch.device("cpu")
+    flags: dict[str, Any] = dict.fromkeys(canopy.PRESETS["demo"])
+    rest: dict[str, Any] = {"lidar_resolution": None, "workers": None, "precision": "32", "preset": "auto"}
+    demo: dict[str, Any] = {**flags, **rest, "resolution": 5.0, "data": "demo", "lr": 0.5}
+    line, *_ = canopy.settle(demo, cpu)
+    assert line.startswith("Preset demo in force; smaller and shorter") and "channels 32 (64)" in line and "lr" not in line
+    assert demo["lr"] == 0.5 and demo["channels"] == 32
+    real: dict[str, Any] = {**flags, **rest, "resolution": 10.0, "data": "/somewhere"}
+    assert canopy.settle(real, cpu)[0] == "Preset published in force"
+    assert (real["num_rdb"], real["num_dense_layers"], real["batch_size"], real["accumulate"]) == (4, 4, 32, 4)
+
+
+def test_validations_are_spread_over_epochs() -> None:
+    def due(steps: int, often: float) -> list[int]:
+        return [step for step in range(1, 13) if canopy.validation_due(step, steps, often)]
+
+    assert due(4, 4) == list(range(1, 13))
+    assert due(6, 1) == [6, 12]
+    assert due(6, 4) == [2, 3, 5, 6, 8, 9, 11, 12]
+    assert due(3, 0.5) == [6, 12]
+
+
+def test_features_are_means_of_the_parts_of_the_year() -> None:
+    images = np.full((3, 10, 2, 2), 100, dtype=np.int16)
+    images[1] = 300
+    images[2, :, 0, 0] = -10000
+    days = np.array([0, 20, 364])
+    x = pixel_features(images, days, np.array([False, False, False]), -10000, 2).reshape(4, 4, PARTS_OF_YEAR, 10)
+    assert (x[:, :, 0] == 200).all() and np.isnan(x[:, :, 1:-1]).all()
+    assert np.isnan(x[:2, :2, -1]).all() and (x[2:, :, -1] == 100).all()
+    padded = pixel_features(images, days, np.array([False, True, False]), -10000, 1)
+    assert (padded[..., :10] == 100).all()
+
+
+def test_boosting_learns_and_stands_parts_without_images() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3000, 4)).astype(np.float32)
+    y = (10 + 3 * x[:, 0]).astype(np.float32)
+    x[:, 2] = math.nan
+    predicted = fit_boosting(x[:2000], y[:2000], 1)(x[2000:])
+    assert np.abs(predicted - y[2000:]).mean() < 0.3
