@@ -86,7 +86,7 @@ FORWARD_DARKENING = 0.5  # brightness lost per tan(view zenith) opposite to the 
 CLOUD_WAVES = 80  # waves that a cloud field is made of
 SMALLEST_CLOUD, LARGEST_CLOUD = 0.3, 6.0  # km, lengths of those waves
 CLOUD_BASE = 1.2  # km above ground: with the sun's zenith, how far a cloud's shadow lies
-CLOUD_EDGE = 0.25  # change of the field, in its sd, from clear to opaque
+CLOUD_EDGE = 0.06  # change of the field, in its sd, that makes a cloud e times denser: some 50 m
 DETECTED = 0.2  # opacity from which the mask has a cloud; thinner ones stay in the image unseen
 SHADOW_LOSS = 0.55  # share of reflectance under an opaque cloud
 HAZE = np.array([60, 45, 30, 20, 12, 10, 10, 8, 6, 5])  # reflectance x 10 000, sd between images
@@ -141,6 +141,7 @@ LEAVES = np.array(
     ]
 )
 AUTUMN_LEAVES = np.array([400, 750, 1000, 1600, 2800, 3300, 3500, 3700, 2700, 1400])
+# Bare crowns, and what is seen between their twigs.
 TWIGS = np.array([550, 700, 850, 1250, 1750, 1950, 2100, 2250, 2500, 1700])
 LITTER = np.array([450, 620, 800, 1150, 1600, 1800, 1950, 2150, 2600, 1800])
 FERNS = np.array([350, 700, 400, 1100, 2900, 3500, 3700, 3850, 2200, 1150])
@@ -264,8 +265,8 @@ def demo_root(folder: Path, seed: int = 2024, small: bool = False, processes: in
     """Make the simulated tiles, or find them made: whole or not at all.
 
     Two tiles with 6 training, 2 validation and 2 test squares each, 20 dates in 2023. In the first training square of a
-    tile, fields leave too little tall vegetation for use; up to four dates a tile are cloudy or cut by the orbit's edge;
-    one image a tile has no row of angles.
+    tile, fields leave too little tall vegetation for use; some images are too cloudy or cut by the orbit's edge; one a
+    tile has no row of angles.
 
     Args:
         folder: Where the root is made; several roots (seeds, sizes, versions of the simulation) lie side by side.
@@ -426,10 +427,8 @@ def _road_distance(rng: np.random.Generator) -> Reals:
     """Distance of each 2 m cell from a winding road, metres: (row, column)."""
     angle = rng.uniform(0, np.pi)
     row, column = (np.indices((CELLS, CELLS)) + 0.5) * CELL - SIDE / 2
-    along, across = (
-        row * np.cos(angle) + column * np.sin(angle),
-        column * np.cos(angle) - row * np.sin(angle),
-    )
+    along = row * np.cos(angle) + column * np.sin(angle)
+    across = column * np.cos(angle) - row * np.sin(angle)
     middle = rng.uniform(-SIDE / 4, SIDE / 4) + 40.0 * np.sin(2 * np.pi * along / rng.uniform(500, 900))
     return np.asarray(np.abs(across - middle))
 
@@ -569,9 +568,10 @@ def _spectra(day: int) -> Reals:
         leaf = _leaf_share(species, day)
         turned = 0.0 if species.evergreen else 0.8 * special.expit((day - species.leaf_fall + 12.0) / LEAF_WIDTH)
         leaves.append(leaf * ((1 - turned) * spectrum + turned * AUTUMN_LEAVES) + (1 - leaf) * TWIGS)
+    # Green shares. Meadows fade after the cut, wheat ripens by July, maize closes in June and is cut in September.
     summer = special.expit((day - 125.0) / 10.0) - special.expit((day - 285.0) / 12.0)
     meadow = 0.4 + 0.6 * (special.expit((day - 95.0) / 12.0) - 0.35 * special.expit((day - 190.0) / 10.0))
-    wheat = 0.25 + 0.7 * special.expit((day - 80.0) / 10.0) - 0.9 * special.expit((day - 175.0) / 7.0)
+    wheat = 0.25 + 0.7 * special.expit((day - 80.0) / 10.0) - 0.9 * special.expit((day - 182.0) / 7.0)
     maize = 0.95 * (special.expit((day - 172.0) / 9.0) - special.expit((day - 262.0) / 6.0))
     ground = [
         summer * FERNS + (1 - summer) * LITTER,
@@ -676,7 +676,7 @@ def _opacity(acquisition: Acquisition, east: Reals, north: Reals) -> Reals:
     # Larger clouds are denser; the sum over waves of cos(across + along) is two products of matrices.
     waves = (np.cos(along) * size) @ np.cos(across).T - (np.sin(along) * size) @ np.sin(across).T
     field = waves / np.sqrt(0.5 * (size**2).sum())
-    return np.asarray(special.expit((field - special.ndtri(1.0 - acquisition.cloud_cover)) / CLOUD_EDGE * 4.0))
+    return np.asarray(special.expit((field - special.ndtri(1.0 - acquisition.cloud_cover)) / CLOUD_EDGE))
 
 
 def _sky(square: Square, acquisition: Acquisition) -> Sky:

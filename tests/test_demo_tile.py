@@ -232,8 +232,15 @@ def test_shadows_fall_north_as_long_as_the_sun_is_low(day: int) -> None:
 
 
 def test_files_do_not_depend_on_the_processes(root: Path, tmp_path: Path) -> None:
-    again = demo_root(tmp_path, small=True, processes=2)
-    assert again.name == root.name and files_of(again) == files_of(root)
+    """Two squares made again, each in a process of its own, are those that one process made."""
+    contexts = demo_tile.SMALL_CONTEXTS
+    squares = [demo_tile._place_square(0, position, context, 2024, small=True) for position, context in enumerate(contexts)]
+    acquisitions = demo_tile._draw_acquisitions(squares, (2024, 0), demo_tile.SMALL_DATES)
+    rows = list(demo_tile._make_patches([Task(tmp_path, square, acquisitions) for square in squares[:2]], processes=2))
+    assert [made.mask["lidar_id"] for made in rows] == [square.patch for square in squares[:2]]
+    again, before = files_of(tmp_path), files_of(root)
+    assert len(again) > 2 * demo_tile.SMALL_DATES
+    assert all(content == before[name] for name, content in again.items())
 
 
 def test_another_seed_is_another_landscape(landscape: Landscape) -> None:
