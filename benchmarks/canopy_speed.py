@@ -9,6 +9,7 @@ peak memory of a training step is that of a fresh process, less what the process
 """
 
 import argparse
+import functools
 import resource
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def best_times(calls: dict[str, Callable[[], object]], rounds: int, device: torc
     return best
 
 
-def peak_rise(name: str, size: int, dates: int, cut: int, precision: str) -> float:
+def peak_rise(name: str, precision: str, cut: int, size: int, dates: int) -> float:
     """MiB that a training step adds to this process."""
     device = torch.device("cpu")
     network = networks(device)[name]
@@ -103,6 +104,11 @@ def peak_in_fresh_process(*arguments: object) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def label(name: str, precision: str, cut: int) -> str:
+    """How a way is called in the tables."""
+    return f"{name}, {precision}" + (", margin cut" if cut else "")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,26 +119,26 @@ def main() -> None:
     parser.add_argument("--peak", nargs=5, metavar="PART", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
-        name, size, dates, cut, precision = arguments.peak
-        print(peak_rise(name, int(size), int(dates), int(cut), precision))
+        name, precision, *numbers = arguments.peak
+        print(peak_rise(name, precision, *map(int, numbers)))
         return
     device = choose_device(arguments.device)
     keep_freed_memory()
-    both = networks(device)
-    inputs = window(arguments.size, arguments.dates, device)
-    margin = both["ours"].margin
-    ways = [
-        ("plain", 0, "float32"),
-        *((n, c, p) for c in (0, margin) for n in both for p in ("float32", BF16) if n == "ours"),
-    ]
+    margin = ThreasureNet(5, 16).margin
+    ways = [("plain", "float32", 0), *(("ours", precision, cut) for cut in (0, margin) for precision in ("float32", BF16))]
     print(f"{device}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, ", end="")
     print(f"{arguments.dates} dates of {arguments.size} x {arguments.size} pixels, margin {margin}")
+    if device.type == "cpu":  # first, as a process starts with the peak of the one that started it
+        print(f"\n{'peak of a training step':<28} {'MiB':>8} {'/ plain':>8}")
+        sizes = (arguments.size, arguments.dates)
+        peaks = {label(*way): peak_in_fresh_process(*way, *sizes) for way in ways}
+        for way, peak in peaks.items():
+            print(f"{way:<28} {peak:>8.0f} {peak / peaks['plain, float32']:>8.2f}")
+    both, inputs = networks(device), window(arguments.size, arguments.dates, device)
     for work, function in WORK.items():
         calls = {
-            f"{name}, {precision}" + (", margin cut" if cut else ""): (
-                lambda name=name, cut=cut, precision=precision: function(both[name], inputs, cut, precision)
-            )
-            for name, cut, precision in ways
+            label(name, precision, cut): functools.partial(function, both[name], inputs, cut, precision)
+            for name, precision, cut in ways
         }
         times = best_times(calls, arguments.rounds, device)
         print(f"\n{work:<28} {'s':>8} {'x plain':>8}")
@@ -143,13 +149,6 @@ def main() -> None:
     for name, precision in (("ours", "float32"), ("ours", BF16), ("plain", BF16)):
         difference = (forward(both[name], inputs, 0, precision) - reference).abs().mean()
         print(f"{f'{name}, {precision}':<28} {100 * METRES * float(difference):>8.3f}")
-    if device.type == "cpu":
-        print(f"\n{'peak of a training step':<28} {'MiB':>8} {'/ plain':>8}")
-        plain = 0.0
-        for name, cut, precision in ways:
-            peak = peak_in_fresh_process(name, arguments.size, arguments.dates, cut, precision)
-            plain = plain or peak
-            print(f"{f'{name}, {precision}' + (', margin cut' if cut else ''):<28} {peak:>8.0f} {peak / plain:>8.2f}")
 
 
 if __name__ == "__main__":
