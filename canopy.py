@@ -71,7 +71,8 @@ DECIMETRES = 10.0  # a metre
 EPOCHS_BETWEEN_KEPT = 10  # a checkpoint every so many epochs stays
 BEST_KEPT = 2
 SCENES = 3  # windows in a validation's picture
-BASELINE_SQUARES, BASELINE_SIZE = 200, 100_000  # training squares looked at and pixels fitted, at most
+BASELINE_SAMPLES, BASELINE_SIZE = 200, 100_000  # windows of training squares and pixels fitted, at most
+BASELINE_DRAWS = 10  # windows of a square, each with dates of its own
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 # Values of the flags left at auto. The published ones are the paper's.
@@ -146,7 +147,7 @@ parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first cycle of the 
 parser.flag("t_mult", auto_or(whole(1)), "auto", "length of a cycle over the one before")
 parser.flag("tiles", str, "all", "names of tiles, separated by spaces or commas, or all")
 parser.flag("upsampling", one_of(*UPSAMPLINGS), UPSAMPLINGS[0], f"to the finer grid by {' or '.join(UPSAMPLINGS)}")
-parser.flag("validations_per_epoch", auto_or(real(0, exclusive=True)), "auto", "below 1: one every so many epochs")
+parser.flag("validations_per_epoch", auto_or(real(0, exclusive=True)), "auto", "below 1, one every so many epochs")
 parser.flag("weight_no_vegetation", real(0), 0.1, "weight of pixels without tall vegetation in the loss of heights")
 parser.flag("window", auto_or(whole(8)), "auto", "side of a sample in image pixels of 10 m")
 parser.flag("workers", auto_or(whole(0)), "auto", "reading processes of each device; auto: 0 on a CPU, 4 on a GPU")
@@ -809,14 +810,18 @@ def write_window(
 
 
 def fit_baselines(run: Run) -> dict[str, dict[str, float]]:
-    """Figures on the test windows of the mean height and of gradient boosting a pixel, from the training pixels."""
+    """Figures on the test windows of the mean height and of gradient boosting a pixel.
+
+    They are fitted on tall vegetation of windows and dates that the network trains on, and tested on those of its test.
+    """
     training, test = run.data.training, run.data.test
     rng = np.random.default_rng([run.flags["seed"], BASELINE_PIXELS])
-    squares = np.sort(rng.choice(len(training), min(len(training), BASELINE_SQUARES), replace=False))
-    share = BASELINE_SIZE // len(squares)
+    draws = [(index, epoch) for epoch in range(BASELINE_DRAWS) for index in range(len(training))]
+    draws = [draws[i] for i in np.sort(rng.choice(len(draws), min(len(draws), BASELINE_SAMPLES), replace=False))]
+    share = BASELINE_SIZE // len(draws)
     features, heights = [], []
-    for index in tqdm(squares, "Reading the baselines' pixels...", leave=False):
-        x, batch = baseline_features(run, training, int(index))
+    for index, epoch in tqdm(draws, "Reading the baselines' pixels...", leave=False):
+        x, batch = baseline_features(run, training, index, epoch)
         tall = np.flatnonzero(~batch.no_vegetation.numpy().ravel())
         chosen = rng.choice(tall, min(len(tall), share), replace=False)
         features.append(x[chosen])
@@ -829,7 +834,7 @@ def fit_baselines(run: Run) -> dict[str, dict[str, float]]:
     tiles = sorted({name_of(patch.name)[0] for patch in test.patches})
     scores = {name: CanopyScores(tiles, device, pooled=False) for name in ("mean height", "gradient boosting")}
     for index in range(len(test)):
-        x, batch = baseline_features(run, test, index)
+        x, batch = baseline_features(run, test, index, epoch=0)
         shape = batch.height.shape
         predictions = {"mean height": np.full(len(x), y.mean()), "gradient boosting": boosted(x)}
         for name, values in predictions.items():
@@ -840,9 +845,9 @@ def fit_baselines(run: Run) -> dict[str, dict[str, float]]:
     return {name: {key: one.compute()["all"][key] for key in heights_only} for name, one in scores.items()}
 
 
-def baseline_features(run: Run, samples: CanopyPatches, index: int) -> tuple[NDArray[np.float32], Batch]:
+def baseline_features(run: Run, samples: CanopyPatches, index: int, epoch: int) -> tuple[NDArray[np.float32], Batch]:
     """(pixel, feature) of a sample, and the sample as a batch of one."""
-    batch = collate([samples.sample(index, 0)])
+    batch = collate([samples.sample(index, epoch)])
     cut = slice(run.margin, -run.margin)
     images = batch.images[0, :, :, cut, cut].numpy()
     x = pixel_features(images, batch.days[0].numpy(), batch.padding[0].numpy(), NODATA, run.factor)
