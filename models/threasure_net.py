@@ -51,13 +51,26 @@ class Prediction(NamedTuple):
     """Logit of tall vegetation."""
 
 
+class _Crop(torch.autograd.Function):
+    """A view without a border, whose backward pass keeps channels last (a slice's own does not)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inset: int) -> Tensor:
+        ctx.inset = inset
+        return x[..., inset:-inset, inset:-inset]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return F.pad(gradients[0], [ctx.inset] * 4), None
+
+
 def crop(x: Tensor, inset: int) -> Tensor:
-    """(..., row, column) without `inset` pixels at each side."""
-    return x[..., inset:-inset, inset:-inset] if inset else x
+    """(image, channel, row, column) without `inset` pixels at each side."""
+    return _Crop.apply(x, inset) if inset else x
 
 
 def crop_like(x: Tensor, smaller: Tensor) -> Tensor:
-    """The centre of (..., row, column) at the size of `smaller`."""
+    """The centre of (image, channel, row, column) at the size of `smaller`."""
     return crop(x, (x.shape[-1] - smaller.shape[-1]) // 2)
 
 
@@ -108,8 +121,8 @@ class _Fusion(torch.autograd.Function):
 
 
 def fuse(conv: nn.Conv2d, parts: Sequence[Tensor]) -> Tensor:
-    """1x1 convolution of (image, channel, row, column) parts put together along the channels."""
-    return pixel_images(_Fusion.apply(conv.weight.flatten(1), conv.bias, *parts), parts[0])
+    """1x1 convolution of (image, channel, row, column) parts put together along the channels, to (pixel, channel)."""
+    return _Fusion.apply(conv.weight.flatten(1), conv.bias, *parts)
 
 
 def initialise_uniform(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, generator: torch.Generator) -> None:
@@ -153,7 +166,7 @@ class DenseBlock(nn.Module):
             # A copy, as the activation is kept for the backward pass and would keep the sums of later layers with it.
             features.append(F.leaky_relu_(total.clone(memory_format=torch.channels_last), LEAK))
         parts = [crop_like(feature, features[-1]) for feature in features]
-        return fuse(self.fusion, parts).add_(parts[0])
+        return pixel_images(fuse(self.fusion, parts).add_(pixel_rows(parts[0])), parts[0])
 
 
 class ResidualDenseNetwork(nn.Module):
@@ -190,7 +203,7 @@ class ResidualDenseNetwork(nn.Module):
             first = 2 + index * self.num_layers
             x = block(x, valid[first : first + self.num_layers])
             outputs.append(x)
-        x = fuse(self.fusion, [crop_like(output, x) for output in outputs])
+        x = pixel_images(fuse(self.fusion, [crop_like(output, x) for output in outputs]), x)
         x = conv3x3(x, self.conv_out.weight, self.conv_out.bias, valid[-1])
         return x.add_(crop_like(shallow, x))
 
