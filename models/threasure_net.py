@@ -316,7 +316,8 @@ class TemporalAttention(nn.Module):
         """Dropout in training, drawn from the sample's own generator or else from PyTorch's."""
         if not self.training or generator is None:
             return F.dropout(weights, ATTENTION_DROPOUT, self.training)
-        kept = torch.empty(weights.shape, device=generator.device).bernoulli_(1 - ATTENTION_DROPOUT, generator=generator)
+        kept = torch.empty(weights.shape, dtype=torch.bool, device=generator.device)
+        kept.bernoulli_(1 - ATTENTION_DROPOUT, generator=generator)
         return weights * kept.to(weights.device) / (1 - ATTENTION_DROPOUT)
 
 
@@ -404,8 +405,8 @@ class ThreasureNet(nn.Module):
     Attributes:
         factor: output pixels along an input pixel.
         margin: input pixels to cut at each side, so that no output pixel sees beyond the input: the receptive field,
-            rounded up to a multiple of 8 (rdn). The U-Net sees further than any window is wide; its 32 are the same
-            window as published, and a multiple of the 16 that its four halvings must be aligned to.
+            rounded up to a multiple of 8. The U-Net sees some 100 pixels far, more than windows have to spare: its
+            32 keep the published windows and are a multiple of the 16 that its halvings must be aligned to.
 
     Raises:
         InputError: a setting is not among its values or does not fit another.
@@ -464,7 +465,7 @@ class ThreasureNet(nn.Module):
         return 8 * math.ceil(reach / (8 * self.factor))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the initial weights, which depend on the generator alone."""
+        """Draw the initial weights, which depend on the generator (of the weights' device) alone."""
         for part in (self.encoder, self.attention, self.upsampling, self.head):
             if part is not None:
                 part.initialise(generator)
@@ -500,8 +501,9 @@ class ThreasureNet(nn.Module):
         if 0 in counts:
             raise InputError(f"sample {counts.index(0)} of the batch has no image: at least one date must not be padding")
         inset = self.upsampling.insets(cut * self.factor)[0] if self.upsampling else cut
-        features = self.encode(images[real].contiguous(memory_format=torch.channels_last), inset).split(counts)
-        dates = days[real].split(counts)
+        index = real.flatten().nonzero().squeeze(1)
+        packed = images.flatten(0, 1)[index].contiguous(memory_format=torch.channels_last)
+        features, dates = self.encode(packed, inset).split(counts), days.flatten()[index].split(counts)
         draws: Sequence[torch.Generator | None] = generators or [None] * samples
         maps = [self.attention(*sample) for sample in zip(features, dates, lidar_day, draws, strict=True)]
         x = torch.stack(maps).contiguous(memory_format=torch.channels_last)
