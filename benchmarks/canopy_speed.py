@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ WORK: dict[str, Callable[[Network, Sequence[Tensor], int, str], Tensor]] = {
 }
 
 
-def best_times(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+def best_times(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
     """Seconds of the best round of each way, after one that warms up."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     best = dict.fromkeys(calls, float("inf"))

@@ -51,13 +51,26 @@ class Prediction(NamedTuple):
     """Logit of tall vegetation."""
 
 
+class _Crop(torch.autograd.Function):
+    """A view without a border, whose backward pass keeps channels last (a slice's own does not)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inset: int) -> Tensor:
+        ctx.inset = inset
+        return x[..., inset:-inset, inset:-inset]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return F.pad(gradients[0], [ctx.inset] * 4), None
+
+
 def crop(x: Tensor, inset: int) -> Tensor:
-    """(..., row, column) without `inset` pixels at each side."""
-    return x[..., inset:-inset, inset:-inset] if inset else x
+    """(image, channel, row, column) without `inset` pixels at each side."""
+    return _Crop.apply(x, inset) if inset else x
 
 
 def crop_like(x: Tensor, smaller: Tensor) -> Tensor:
-    """The centre of (..., row, column) at the size of `smaller`."""
+    """The centre of (image, channel, row, column) at the size of `smaller`."""
     return crop(x, (x.shape[-1] - smaller.shape[-1]) // 2)
 
 
@@ -108,8 +121,8 @@ class _Fusion(torch.autograd.Function):
 
 
 def fuse(conv: nn.Conv2d, parts: Sequence[Tensor]) -> Tensor:
-    """1x1 convolution of (image, channel, row, column) parts put together along the channels."""
-    return pixel_images(_Fusion.apply(conv.weight.flatten(1), conv.bias, *parts), parts[0])
+    """1x1 convolution of (image, channel, row, column) parts put together along the channels, to (pixel, channel)."""
+    return _Fusion.apply(conv.weight.flatten(1), conv.bias, *parts)
 
 
 def initialise_uniform(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, generator: torch.Generator) -> None:
@@ -153,7 +166,7 @@ class DenseBlock(nn.Module):
             # A copy, as the activation is kept for the backward pass and would keep the sums of later layers with it.
             features.append(F.leaky_relu_(total.clone(memory_format=torch.channels_last), LEAK))
         parts = [crop_like(feature, features[-1]) for feature in features]
-        return fuse(self.fusion, parts).add_(parts[0])
+        return pixel_images(fuse(self.fusion, parts).add_(pixel_rows(parts[0])), parts[0])
 
 
 class ResidualDenseNetwork(nn.Module):
@@ -190,7 +203,7 @@ class ResidualDenseNetwork(nn.Module):
             first = 2 + index * self.num_layers
             x = block(x, valid[first : first + self.num_layers])
             outputs.append(x)
-        x = fuse(self.fusion, [crop_like(output, x) for output in outputs])
+        x = pixel_images(fuse(self.fusion, [crop_like(output, x) for output in outputs]), x)
         x = conv3x3(x, self.conv_out.weight, self.conv_out.bias, valid[-1])
         return x.add_(crop_like(shallow, x))
 
@@ -303,7 +316,8 @@ class TemporalAttention(nn.Module):
         """Dropout in training, drawn from the sample's own generator or else from PyTorch's."""
         if not self.training or generator is None:
             return F.dropout(weights, ATTENTION_DROPOUT, self.training)
-        kept = torch.empty(weights.shape, device=generator.device).bernoulli_(1 - ATTENTION_DROPOUT, generator=generator)
+        kept = torch.empty(weights.shape, dtype=torch.bool, device=generator.device)
+        kept.bernoulli_(1 - ATTENTION_DROPOUT, generator=generator)
         return weights * kept.to(weights.device) / (1 - ATTENTION_DROPOUT)
 
 
@@ -391,8 +405,8 @@ class ThreasureNet(nn.Module):
     Attributes:
         factor: output pixels along an input pixel.
         margin: input pixels to cut at each side, so that no output pixel sees beyond the input: the receptive field,
-            rounded up to a multiple of 8 (rdn). The U-Net sees further than any window is wide; its 32 are the same
-            window as published, and a multiple of the 16 that its four halvings must be aligned to.
+            rounded up to a multiple of 8. The U-Net sees some 100 pixels far, more than windows have to spare: its
+            32 keep the published windows and are a multiple of the 16 that its halvings must be aligned to.
 
     Raises:
         InputError: a setting is not among its values or does not fit another.
@@ -451,7 +465,7 @@ class ThreasureNet(nn.Module):
         return 8 * math.ceil(reach / (8 * self.factor))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the initial weights, which depend on the generator alone."""
+        """Draw the initial weights, which depend on the generator (of the weights' device) alone."""
         for part in (self.encoder, self.attention, self.upsampling, self.head):
             if part is not None:
                 part.initialise(generator)
@@ -487,8 +501,9 @@ class ThreasureNet(nn.Module):
         if 0 in counts:
             raise InputError(f"sample {counts.index(0)} of the batch has no image: at least one date must not be padding")
         inset = self.upsampling.insets(cut * self.factor)[0] if self.upsampling else cut
-        features = self.encode(images[real].contiguous(memory_format=torch.channels_last), inset).split(counts)
-        dates = days[real].split(counts)
+        index = real.flatten().nonzero().squeeze(1)
+        packed = images.flatten(0, 1)[index].contiguous(memory_format=torch.channels_last)
+        features, dates = self.encode(packed, inset).split(counts), days.flatten()[index].split(counts)
         draws: Sequence[torch.Generator | None] = generators or [None] * samples
         maps = [self.attention(*sample) for sample in zip(features, dates, lidar_day, draws, strict=True)]
         x = torch.stack(maps).contiguous(memory_format=torch.channels_last)
