@@ -222,8 +222,6 @@ def main() -> None:
     run = Run(flags, data, fabric, net, told)
     train(run)
     report_test(run, params)
-    if fabric.is_global_zero:
-        Path(CHECKPOINT).unlink(missing_ok=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -750,8 +748,9 @@ def report_test(run: Run, params: int) -> None:
         "versions": versions(),
     }
     write_text(Path("metrics.json"), json.dumps(document, indent=2) + "\n")
-    names = ("best", "second_best")
-    for name, (_, kept) in zip(names, progress.best, strict=False):
+    # Done: from here on there is nothing to resume, so that the weights may take their final names.
+    Path(CHECKPOINT).unlink(missing_ok=True)
+    for name, (_, kept) in zip(("best", "second_best"), progress.best, strict=False):
         weights_of(kept).replace(Path("models") / f"{name}.safetensors")
 
 

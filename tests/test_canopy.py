@@ -192,7 +192,8 @@ def test_variants_run(run_canopy: Callable[..., Ended], tiles: list[str], flags:
         (["min_dates=50"], "squares with fewer than 50 images"),
         (["lidar_resolution=5", "resolution=5"], "LiDAR"),
         (["channels=6"], "channels"),
-        (["lr=1e30"], "are not finite"),
+        (["lr=1e30"], "heights of 31TDL/"),
+        (["lr=1e30", "epochs=4", "validations_per_epoch=0.25"], "the loss of step 2 is not finite, at 31TDL/"),
     ],
     ids=str,
 )
@@ -269,3 +270,9 @@ def test_boosting_learns_and_stands_parts_without_images() -> None:
     x[:, 2] = math.nan
     predicted = fit_boosting(x[:2000], y[:2000], 1)(x[2000:])
     assert np.abs(predicted - y[2000:]).mean() < 0.3
+
+
+def test_help_explains_every_flag_with_its_default() -> None:
+    said = canopy.parser.format_help()
+    assert all(f"--{name} " in said for name in canopy.parser.types)
+    assert said.count("(default:") + said.count("(default:\n") >= len(canopy.parser.types) - 1
