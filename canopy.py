@@ -87,6 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "growth_channels": 24,
         "channels": 64,
         "lr": 1e-3,
+        "clip_norm": 0.0,
         "t_0": 6,
         "t_mult": 2,
         "decay_factor": 0.25,
@@ -104,6 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "growth_channels": 16,
         "channels": 32,
         "lr": 2e-3,
+        "clip_norm": 0.3,
         "t_0": 300,
         "t_mult": 1,
         "decay_factor": 0.25,
@@ -119,6 +121,9 @@ parser.flag("accumulate", auto_or(whole(1)), "auto", "batches whose gradients ma
 parser.flag("angles", one_of(*CHOICES), "auto", "auto/yes/no, sun and view angles as six more channels; auto: where there")
 parser.flag("batch_size", auto_or(whole(1)), "auto", "windows of a batch, over all devices")
 parser.flag("channels", auto_or(whole(1)), "auto", "feature channels of the network")
+parser.flag(
+    "clip_norm", auto_or(real(0)), "auto", "largest norm of a step's gradient, longer ones are shortened; 0: no limit"
+)
 parser.flag("data", str, "demo", "folder of tiles, or demo (simulated)")
 parser.flag("decay_factor", auto_or(real(0, exclusive=True)), "auto", "peak of the learning rate over the cycle before's")
 parser.flag("devices", whole(1), 1, "processes of a node, each on a device of its own")
@@ -456,6 +461,9 @@ def train(run: Run) -> None:
             group.clear()
             rate = rates(progress.step)
             run.optimizer.param_groups[0]["lr"] = rate
+            if flags["clip_norm"] > 0:
+                # One cloudy window would otherwise slow Adam down for the thousand steps that its mean square remembers.
+                fabric.clip_gradients(run.net, run.optimizer, max_norm=flags["clip_norm"], error_if_nonfinite=False)
             run.optimizer.step()
             run.optimizer.zero_grad()
             progress.step += 1
