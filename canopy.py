@@ -114,7 +114,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validations_per_epoch": 0.04,
     },
 }
-PUBLISHED_AT_10_M = {"num_rdb": 4, "num_dense_layers": 4}
+# What is different at a resolution; the demo's finest network has less time for each of its many pixels.
+PRESETS_AT: dict[tuple[str, float], dict[str, Any]] = {
+    ("published", 10.0): {"num_rdb": 4, "num_dense_layers": 4},
+    ("demo", 2.5): {"epochs": 200, "t_0": 200},
+}
 
 parser = FlagParser(prog="canopy.py", description=__doc__)
 parser.flag("accumulate", auto_or(whole(1)), "auto", "batches whose gradients make one step of the optimiser")
@@ -246,8 +250,9 @@ def settle(flags: dict[str, Any], device: torch.device) -> list[str]:
     """
     if flags["preset"] == "auto":
         flags["preset"] = "demo" if flags["data"] == "demo" else "published"
-    published = PRESETS["published"] | (PUBLISHED_AT_10_M if flags["resolution"] == max(RESOLUTIONS) else {})
-    preset = PRESETS[flags["preset"]] if flags["preset"] != "published" else published
+    published, preset = (
+        PRESETS[name] | PRESETS_AT.get((name, flags["resolution"]), {}) for name in ("published", flags["preset"])
+    )
     left = [name for name in preset if flags[name] is None]
     flags |= {name: preset[name] for name in left}
     changed = [f"{name} {flags[name]:g} ({published[name]:g})" for name in left if flags[name] != published[name]]

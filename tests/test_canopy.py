@@ -239,6 +239,7 @@ def test_presets_say_what_they_change() -> None:
     real: dict[str, Any] = {**flags, **rest, "resolution": 10.0, "data": "/somewhere"}
     assert canopy.settle(real, cpu)[0] == "Preset published in force"
     assert (real["num_rdb"], real["num_dense_layers"], real["batch_size"], real["accumulate"]) == (4, 4, 32, 4)
+    assert real["clip_norm"] == 0 and demo["clip_norm"] > 0 and demo["epochs"] == 300
 
 
 def test_validations_are_spread_over_epochs() -> None:
