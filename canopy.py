@@ -5,13 +5,16 @@ Data across Metropolitan France" (THREASURE-Net), Remote Sensing of Environment 
 from its last validation.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets.canopy_cache import cache_patches
-from datasets.canopy_catalogue import CHOICES, NODATA, RESOLUTIONS, read_catalogue, select
+from datasets.canopy_catalogue import CHOICES, NODATA, RESOLUTIONS, Patch, read_catalogue, select
 from datasets.canopy_tiles import (
     ANGLE_CHANNELS,
     BANDS,
@@ -221,8 +224,27 @@ def main() -> None:
     told = say if fabric.is_global_zero else silent
     for line in lines:
         told(line)
-    with fabric.rank_zero_first():
-        data = load_data(flags, cache, net.margin, told)
+    with ending_together(fabric):
+        experiment(flags, fabric, cache, net.margin, told)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def experiment(flags: dict[str, Any], fabric: Fabric, cache: str, margin: int, told: Callable[[str], None]) -> None:
+    """Load the data, train and test, in each process."""
+    # The first process makes the demo and fills the cache; the others find both made, or leave without a word.
+    data, problem = None, ""
+    if fabric.is_global_zero:
+        try:
+            data = load_data(flags, cache, margin, told)
+        except InputError as error:
+            problem = str(error)
+    problem = fabric.broadcast(problem)
+    if problem and fabric.is_global_zero:
+        raise InputError(problem)
+    if problem:
+        sys.exit()
+    data = data or load_data(flags, cache, margin, told)
     net = make_network(flags, len(BANDS) + ANGLE_CHANNELS * data.with_angles)
     net.initialise(generator_for(flags["seed"], INITIAL_WEIGHTS))
     params = sum(parameter.numel() for parameter in net.parameters())
@@ -231,8 +253,6 @@ def main() -> None:
     run = Run(flags, data, fabric, net, told)
     train(run)
     report_test(run, params)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def silent(line: str) -> None:
@@ -283,12 +303,24 @@ def start_processes(flags: dict[str, Any], device: torch.device) -> Fabric:
     """One process a device: this one alone, or as many as the flags say.
 
     Raises:
-        InputError: the batch cannot be shared evenly.
+        InputError: the flags and the launcher disagree, there are too few devices, or the batch cannot be shared evenly.
     """
     processes = flags["devices"] * flags["num_nodes"]
+    several = processes > 1
+    launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 0)
+    if launched and launched != processes:
+        raise InputError(
+            f"devices={flags['devices']} x num_nodes={flags['num_nodes']} are {processes} processes, but {launched} were "
+            f"launched"
+        )
+    if flags["num_nodes"] > 1 and not launched:
+        raise InputError(f"num_nodes={flags['num_nodes']} needs torchrun or srun to start the processes")
+    if device.type == "cuda" and flags["devices"] > torch.cuda.device_count():
+        raise InputError(f"devices={flags['devices']} were asked for, but {torch.cuda.device_count()} GPUs are present")
     if flags["batch_size"] % processes:
         raise InputError(f"batch_size={flags['batch_size']} cannot be shared evenly by {processes} processes")
-    several = processes > 1
+    if several and flags["encoder"] == "unet":
+        raise InputError("encoder=unet runs in one process: its batch norm would see only a part of the batch in several")
     fabric = Fabric(
         accelerator=device.type,
         devices=[device.index or 0] if device.type == "cuda" and not several else flags["devices"],
@@ -296,8 +328,30 @@ def start_processes(flags: dict[str, Any], device: torch.device) -> Fabric:
         strategy="ddp" if several else "auto",
         precision="bf16-mixed" if flags["precision"] == "bf16" else "32-true",
     )
+    if several and not launched:
+        # Fabric would start the others as it thinks this one was: as a module, which under Guild is Guild's own.
+        sys.modules["__main__"].__spec__ = None
     fabric.launch()
     return fabric
+
+
+@contextlib.contextmanager
+def ending_together(fabric: Fabric) -> Iterator[None]:
+    """A block whose mistakes end all processes, with one sentence.
+
+    Raises:
+        InputError: the block raised it, or another process has gone.
+    """
+    try:
+        yield
+    except InputError:
+        for process in getattr(fabric.strategy.launcher, "procs", []):
+            process.terminate()
+        raise
+    except RuntimeError as error:
+        if fabric.world_size > 1 and "Connection closed" in str(error):
+            raise InputError(f"process {fabric.global_rank} stopped because another one did") from error
+        raise
 
 
 def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[str], None]) -> Data:
@@ -316,40 +370,53 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         told(str(finding))
     limits = {name: flags[name] for name in ("max_masked", "min_valid", "min_vegetation", "min_dates")}
     folder = Path(cache) if cache else project_folder() / "data" / "canopy_cache"
-    samples: dict[str, CanopyPatches] = {}
-    taken: set[str] = set()
+    chosen: dict[str, list[Patch]] = {}
+    taken: set[tuple[str, str]] = set()
     for context in ("test", "validation", "training"):
         patches, dropped = select(catalogue, context, **limits)
         # Overlapping tiles may hold one square in two contexts, where neither would know.
-        patches, again = [p for p in patches if p.name not in taken], [p for p in patches if p.name in taken]
-        taken |= {patch.name for patch in patches}
-        dropped = dropped | {f"squares that another tile has for {' or '.join(samples)}": len(again)}
+        places = [(catalogue.crs[patch.tile].to_wkt(), patch.name) for patch in patches]
+        chosen[context] = [patch for patch, place in zip(patches, places, strict=True) if place not in taken]
+        again = f"squares that another tile has for {' or '.join(list(chosen)[:-1])}"
+        dropped = dropped | {again: len(patches) - len(chosen[context])}
+        taken |= set(places)
         left_out = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
-        told(f"Squares for {context}: {len(patches)}{f'; left out: {left_out}' if left_out else ''}")
-        samples[context] = CanopyPatches(
-            cache_patches(patches, folder, **grid, say=told),
-            training=context == "training",
-            window=flags["window"],
-            margin=margin,
-            max_dates=flags["max_dates"],
-            seed=flags["seed"],
-            **grid,
-        )
-    if len(samples["training"]) < flags["batch_size"] * flags["accumulate"]:
+        told(f"Squares for {context}: {len(chosen[context])}{f'; left out: {left_out}' if left_out else ''}")
+    if len(chosen["training"]) < flags["batch_size"] * flags["accumulate"]:
         raise InputError(
-            f"{len(samples['training'])} training squares do not fill one step of batch_size={flags['batch_size']} x "
+            f"{len(chosen['training'])} training squares do not fill one step of batch_size={flags['batch_size']} x "
             f"accumulate={flags['accumulate']}; lower these flags"
         )
+    sizes = {"window": flags["window"], "margin": margin, "max_dates": flags["max_dates"], "seed": flags["seed"]}
+    CanopyPatches([], training=True, **sizes, **grid)  # refuses a window that does not fit before anything is read
+    cached = iter(cache_patches([patch for patches in chosen.values() for patch in patches], folder, **grid, say=told))
+    samples = {
+        context: CanopyPatches(list(islice(cached, len(patches))), training=context == "training", **sizes, **grid)
+        for context, patches in chosen.items()
+    }
     statistics = find_statistics(samples["training"].patches, flags["statistics"], flags["lidar_resolution"], flags["seed"])
     told(f"Statistics of the standardisation: {statistics.source}")
-    files = "\n".join(f"{Path(p.images).name} {Path(p.reference).name}" for s in samples.values() for p in s.patches)
     return Data(
         **samples,
         statistics=statistics,
         crs=catalogue.crs,
         with_angles=catalogue.with_angles,
-        digest=hashlib.sha256(files.encode()).hexdigest(),
+        digest=digest_of(chosen),
     )
+
+
+def digest_of(chosen: dict[str, list[Patch]]) -> str:
+    """sha256 of what the samples are made from: squares, dates, angles, names and sizes of the files."""
+    digest = hashlib.sha256()
+    for context, patches in chosen.items():
+        for patch in patches:
+            files = [patch.lidar, *patch.images, *([] if patch.mask is None else [patch.mask])]
+            named = [f"{path.name} {path.stat().st_size}" for path in files]
+            digest.update(
+                " ".join([context, patch.tile, patch.name, str(patch.lidar_date), *map(str, patch.dates), *named]).encode()
+            )
+            digest.update(b"" if patch.angles is None else patch.angles.tobytes())
+    return digest.hexdigest()
 
 
 class Run:
@@ -760,11 +827,20 @@ def report_test(run: Run, params: int) -> None:
         "device": str(run.fabric.device),
         "versions": versions(),
     }
-    write_text(Path("metrics.json"), json.dumps(document, indent=2) + "\n")
+    write_text(Path("metrics.json"), json.dumps(without_nan(document), indent=2, allow_nan=False) + "\n")
     # Done: from here on there is nothing to resume, so that the weights may take their final names.
     Path(CHECKPOINT).unlink(missing_ok=True)
     for name, (_, kept) in zip(("best", "second_best"), progress.best, strict=False):
         weights_of(kept).replace(Path("models") / f"{name}.safetensors")
+
+
+def without_nan(value: Any) -> Any:
+    """The same document with null for figures that there are none of, such as those of an empty height class."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What the output says of the test, its name among the figures, its unit.
@@ -834,9 +910,10 @@ def fit_baselines(run: Run) -> dict[str, dict[str, float]]:
     features, heights = [], []
     for index, epoch in tqdm(draws, "Reading the baselines' pixels...", leave=False):
         x, batch = baseline_features(run, training, index, epoch)
+        x = on_output_grid(run, x)
         tall = np.flatnonzero(~batch.no_vegetation.numpy().ravel())
         chosen = rng.choice(tall, min(len(tall), share), replace=False)
-        features.append(x[chosen])
+        features.append(x.reshape(-1, x.shape[2])[chosen])
         heights.append(batch.height.numpy().ravel()[chosen] / DECIMETRES)
     x, y = np.concatenate(features), np.concatenate(heights)
     if len(y) == 0:
@@ -845,25 +922,29 @@ def fit_baselines(run: Run) -> dict[str, dict[str, float]]:
     device = torch.device("cpu")
     tiles = sorted({name_of(patch.name)[0] for patch in test.patches})
     scores = {name: CanopyScores(tiles, device, pooled=False) for name in ("mean height", "gradient boosting")}
-    for index in range(len(test)):
+    for index in tqdm(range(len(test)), "Testing the baselines...", leave=False):
         x, batch = baseline_features(run, test, index, epoch=0)
-        shape = batch.height.shape
-        predictions = {"mean height": np.full(len(x), y.mean()), "gradient boosting": boosted(x)}
+        boosting = boosted(x.reshape(-1, x.shape[2])).reshape(x.shape[:2])
+        predictions = {"mean height": np.full_like(boosting, y.mean()), "gradient boosting": boosting}
         for name, values in predictions.items():
-            metres = torch.from_numpy(values).float().view(shape)
+            metres = torch.from_numpy(on_output_grid(run, values)).view(batch.height.shape)
             tile = name_of(batch.names[0])[0]
-            scores[name].update(metres, torch.ones(shape), batch.height / DECIMETRES, batch.no_vegetation, [tile])
+            scores[name].update(metres, torch.ones_like(metres), batch.height / DECIMETRES, batch.no_vegetation, [tile])
     heights_only = ("pixels", "mae", "rmse", "bias", "mape", "r2")
     return {name: {key: one.compute()["all"][key] for key in heights_only} for name, one in scores.items()}
 
 
 def baseline_features(run: Run, samples: CanopyPatches, index: int, epoch: int) -> tuple[NDArray[np.float32], Batch]:
-    """(pixel, feature) of a sample, and the sample as a batch of one."""
+    """(row, column, feature) of a sample at 10 m, and the sample as a batch of one."""
     batch = collate([samples.sample(index, epoch)])
     cut = slice(run.margin, -run.margin)
     images = batch.images[0, :, :, cut, cut].numpy()
-    x = pixel_features(images, batch.days[0].numpy(), batch.padding[0].numpy(), NODATA, run.factor)
-    return x.reshape(-1, x.shape[2]), batch
+    return pixel_features(images, batch.days[0].numpy(), batch.padding[0].numpy(), NODATA), batch
+
+
+def on_output_grid(run: Run, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(row, column, ...) at 10 m repeated on the output's grid."""
+    return values.repeat(run.factor, axis=0).repeat(run.factor, axis=1)
 
 
 def write_pictures(run: Run, result: Evaluation) -> None:

@@ -30,7 +30,7 @@ from datasets.canopy_reference import at_resolution
 from utils.errors import InputError
 from utils.runs import whole_file
 
-FORMAT = 1  # raised when the content of the files changes
+FORMAT = 2  # raised when the content of the files changes
 GIGABYTE = 1e9
 
 
@@ -196,7 +196,7 @@ def read_image(path: Path) -> NDArray[np.int16]:
 def read_reference(lidar: Path, mask: Path | None, resolution: float) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
     """Heights of a square and where there is no tall vegetation, at the LiDAR's resolution.
 
-    Heights not above 0 (ground, and nodata below 0) become 0 and masked; the mask of tall vegetation adds to them, a
+    Heights not above 0 and the file's own nodata become 0 and masked; the mask of tall vegetation adds to them, a
     coarser pixel of it where all of the pixel at 1 m is masked.
 
     Returns:
@@ -206,7 +206,10 @@ def read_reference(lidar: Path, mask: Path | None, resolution: float) -> tuple[N
         InputError: a file cannot be read.
     """
     with opened(lidar) as raster:
-        height = np.clip(raster.read(1), 0, np.iinfo(np.int16).max).astype(np.int16)
+        values = raster.read(1)
+        if raster.nodata is not None:
+            values[values == raster.nodata] = 0
+        height = np.clip(values, 0, np.iinfo(np.int16).max).astype(np.int16)
     no_vegetation = height == 0
     if mask is not None:
         with opened(mask) as raster:

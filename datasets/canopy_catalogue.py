@@ -31,6 +31,7 @@ from rasterio import Affine
 from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
+from tqdm import tqdm
 
 from utils.errors import InputError
 
@@ -444,7 +445,8 @@ def _check_headers(root: Path, rows: pd.DataFrame, lidar_resolution: float, find
         for row in rows.drop_duplicates(column).itertuples()
     ]
     with ThreadPoolExecutor(THREADS) as pool:
-        headers = list(pool.map(lambda job: _header(job[0], job[2], job[3], lidar_resolution), jobs))
+        found_in = pool.map(lambda job: _header(job[0], job[2], job[3], lidar_resolution), jobs)
+        headers = list(tqdm(found_in, "Checking the files...", len(jobs), unit="file", leave=False))
     problems: dict[str, list[str]] = {}
     grids: dict[str, dict[str, Path]] = {}  # by tile: a file of each grid, as well-known text
     for (_, tile, _, path), (found, grid) in zip(jobs, headers, strict=True):
@@ -515,7 +517,8 @@ def _note(findings: list[Finding], what: str, names: Iterable[object], refused: 
 
 def _dates(values: pd.Series) -> pd.Series:
     """Days of a column of ISO dates, missing where there is none."""
-    return pd.to_datetime(values.astype(str), format="ISO8601", errors="coerce").dt.normalize()
+    days = pd.to_datetime(values.astype(str), format="ISO8601", errors="coerce", utc=True)
+    return days.dt.tz_localize(None).dt.normalize()
 
 
 def _with_suffix(names: pd.Series) -> pd.Series:

@@ -18,20 +18,17 @@ PARTS_OF_YEAR = 12
 DAYS = 366
 
 
-def pixel_features(
-    images: NDArray[np.int16], days: NDArray[np.int64], padding: NDArray[np.bool_], nodata: int, factor: int
-) -> Floats:
-    """Bands of each part of the year, of every output pixel.
+def pixel_features(images: NDArray[np.int16], days: NDArray[np.int64], padding: NDArray[np.bool_], nodata: int) -> Floats:
+    """Bands of each part of the year, of every pixel.
 
     Args:
         images: (date, band, row, column), reflectance x 10 000, without margin.
         days: (date,) days of the year from 0.
         padding: (date,) True where there is no image.
         nodata: value of missing pixels.
-        factor: output pixels an image pixel, along one side.
 
     Returns:
-        (row x factor, column x factor, part x band) float32, nan where a part has no image.
+        (row, column, part x band) float32, nan where a part has no image.
     """
     values = np.where(images == nodata, np.nan, images).astype(np.float32)
     parts = days * PARTS_OF_YEAR // DAYS
@@ -40,8 +37,7 @@ def pixel_features(
         warnings.filterwarnings("ignore", message="Mean of empty slice")  # a pixel without data in a part stays nan
         for part in np.unique(parts[~padding]):
             features[part] = np.nanmean(values[(parts == part) & ~padding], axis=0)
-    flat = np.moveaxis(features.reshape(-1, *images.shape[2:]), 0, 2)
-    return flat.repeat(factor, axis=0).repeat(factor, axis=1)
+    return np.moveaxis(features.reshape(-1, *images.shape[2:]), 0, 2)
 
 
 def fit_boosting(features: Floats, heights: Floats, seed: int) -> Callable[[Floats], Floats]:

@@ -113,7 +113,8 @@ def results(folder: Path) -> tuple[dict[str, Any], bytes, bytes]:
 
 def test_a_killed_run_goes_on_to_the_same_figures_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
     folders = tmp_path / "undisturbed", tmp_path / "killed"
-    flags = [*SHORT, *tiles, "epochs=4", "validations_per_epoch=0.5"]
+    # Checkpoints fall within epochs of two steps, and within what a reading process has read ahead.
+    flags = [*SHORT, *tiles, "batch_size=1", "epochs=5", "validations_per_epoch=0.67", "workers=1"]
     for folder in folders:
         folder.mkdir()
     killed = start(folders[1], *flags)
@@ -158,7 +159,8 @@ def test_two_processes_end_where_one_ends(run_script: Runner, tiles: list[str], 
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        done = run_script("canopy.py", *SHORT, *tiles, f"devices={devices}", cwd=folder)
+        flags = [*tiles, f"devices={devices}", "epochs=4"]
+        done = run_script("canopy.py", *SHORT, *flags, cwd=folder)
         assert done.returncode == 0, done.stderr
         document = json.loads((folder / "metrics.json").read_text())
         outcomes.append((document, read_tensors(folder / "models" / "last.safetensors")[0]))
@@ -168,6 +170,12 @@ def test_two_processes_end_where_one_ends(run_script: Runner, tiles: list[str], 
     for record, other in zip(one["validations"], two["validations"], strict=True):
         assert other == pytest.approx(record, rel=1e-3)
     assert two["test"]["all"] == pytest.approx(one["test"]["all"], rel=1e-2, nan_ok=True)
+
+
+def test_several_processes_refuse_in_one_sentence(run_script: Runner) -> None:
+    done = run_script("canopy.py", *SHORT, "data=nowhere", "devices=2")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "canopy.py: " in done.stderr and "nowhere has no table" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -192,6 +200,8 @@ def test_variants_run(run_canopy: Callable[..., Ended], tiles: list[str], flags:
         (["min_dates=50"], "squares with fewer than 50 images"),
         (["lidar_resolution=5", "resolution=5"], "LiDAR"),
         (["channels=6"], "channels"),
+        (["devices=2", "encoder=unet"], "encoder=unet runs in one process"),
+        (["num_nodes=2"], "num_nodes=2 needs torchrun or srun"),
         (["lr=1e30"], "heights of 31TDL/"),
         (["lr=1e30", "epochs=4", "validations_per_epoch=0.25"], "the loss of step 2 is not finite, at 31TDL/"),
     ],
@@ -204,6 +214,22 @@ def test_wrong_input_is_refused_in_one_sentence(
     assert done.returncode == 2 and expected in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("canopy.py: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_processes_must_be_as_many_as_were_launched(
+    run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_canopy(*SHORT, *tiles)
+    assert done.returncode == 2 and "are 1 processes, but 2 were launched" in done.stderr
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
+) -> None:
+    for flag in ("window=120", "batch_size=3"):
+        assert run_canopy(*SHORT, tiles[0], f"cache={tmp_path / 'empty'}", flag).returncode == 2
+    assert not (tmp_path / "empty").exists()
 
 
 def test_bf16_is_refused_where_there_is_none_and_auto_falls_back(
@@ -257,10 +283,10 @@ def test_features_are_means_of_the_parts_of_the_year() -> None:
     images[1] = 300
     images[2, :, 0, 0] = -10000
     days = np.array([0, 20, 364])
-    x = pixel_features(images, days, np.array([False, False, False]), -10000, 2).reshape(4, 4, PARTS_OF_YEAR, 10)
+    x = pixel_features(images, days, np.array([False, False, False]), -10000).reshape(2, 2, PARTS_OF_YEAR, 10)
     assert (x[:, :, 0] == 200).all() and np.isnan(x[:, :, 1:-1]).all()
-    assert np.isnan(x[:2, :2, -1]).all() and (x[2:, :, -1] == 100).all()
-    padded = pixel_features(images, days, np.array([False, True, False]), -10000, 1)
+    assert np.isnan(x[0, 0, -1]).all() and (x[1:, :, -1] == 100).all()
+    padded = pixel_features(images, days, np.array([False, True, False]), -10000)
     assert (padded[..., :10] == 100).all()
 
 

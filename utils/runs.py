@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -117,6 +118,11 @@ def run_or_explain(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(sys.argv[0]).name}: the disk is full; with more space, go on by {how_to_resume()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n[*] Interrupted; to go on from the last saved epoch: {how_to_resume()}", file=sys.stderr)
