@@ -139,7 +139,10 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
         assert "unsupported flag type" not in done.stderr
         return done.stdout
 
-    flags = [f"{name}={value}" for name, value in (SHORT_CANOPY | {"data": str(small_tiles), "angles": "no"}).items()]
+    flags = [
+        f"{name}={value}"
+        for name, value in (SHORT_CANOPY | {"data": str(small_tiles), "angles": "no", "devices": "2"}).items()
+    ]
     call("run", "--yes", "canopy", "resolution=10", *flags)
     (row,) = csv.DictReader(io.StringIO(call("compare", "--csv", "-")))
     columns = ["resolution", "data", "preset", "loss", "mae", "rmse", "bias", "r2", "iou", "params", "time_train"]
