@@ -23,8 +23,7 @@ test: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	# Two processes of one thread each: small networks gain less from a second thread than the tests do.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 # Guild 0.9.0 warns of pkg_resources at every start; its launcher, and nothing else, is told not to.
 $(VENV)/.run-ready: requirements.txt requirements.lock
