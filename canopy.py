@@ -7,7 +7,6 @@ from its last validation.
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import sys
@@ -42,7 +41,7 @@ from datasets.canopy_tiles import (
     find_statistics,
     standardise,
 )
-from datasets.demo_tile import demo_root
+from datasets.demo_tile import SIMULATED, demo_root
 from models.pixel_baselines import fit_boosting, pixel_features
 from models.threasure_net import ENCODERS, UPSAMPLINGS, Prediction, ThreasureNet
 from utils import canopy_figures
@@ -64,8 +63,8 @@ from utils.runs import (
     say,
     versions,
     whole_file,
+    write_json,
     write_tensors,
-    write_text,
 )
 from utils.schedules import cosine_cycles
 from utils.seeds import BASELINE_PIXELS, DROPOUT, INITIAL_WEIGHTS, SHUFFLE, generator_for
@@ -183,6 +182,7 @@ class Data(NamedTuple):
         crs: the grid of each tile.
         with_angles: whether angles are channels.
         digest: of the files behind the samples.
+        simulated: whether the tiles are.
     """
 
     training: CanopyPatches
@@ -192,6 +192,7 @@ class Data(NamedTuple):
     crs: dict[str, CRS]
     with_angles: bool
     digest: str
+    simulated: bool
 
 
 @dataclass
@@ -360,8 +361,8 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
     Raises:
         InputError: the tiles cannot be used, or too few squares are left.
     """
-    simulated = flags["data"] == "demo"
-    root = demo_root(project_folder() / "data") if simulated else called_from() / flags["data"]
+    root = demo_root(project_folder() / "data") if flags["data"] == "demo" else called_from() / flags["data"]
+    simulated = (root / SIMULATED).exists()
     tiles = [] if flags["tiles"] == "all" else flags["tiles"].replace(",", " ").split()
     grid = {"resolution": flags["resolution"], "lidar_resolution": flags["lidar_resolution"]}
     catalogue = read_catalogue(root, tiles, angles=flags["angles"], mask=flags["mask"], **grid)
@@ -379,6 +380,8 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         chosen[context] = [patch for patch, place in zip(patches, places, strict=True) if place not in taken]
         again = f"squares that another tile has for {' or '.join(list(chosen)[:-1])}"
         dropped = dropped | {again: len(patches) - len(chosen[context])}
+        if not chosen[context]:
+            raise InputError(f"every square for {context} is also one for {' or '.join(list(chosen)[:-1])} in another tile")
         taken |= set(places)
         left_out = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
         told(f"Squares for {context}: {len(chosen[context])}{f'; left out: {left_out}' if left_out else ''}")
@@ -402,6 +405,7 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         crs=catalogue.crs,
         with_angles=catalogue.with_angles,
         digest=digest_of(chosen),
+        simulated=simulated,
     )
 
 
@@ -427,7 +431,7 @@ class Run:
     ) -> None:
         self.flags, self.data, self.fabric, self.told = flags, data, fabric, told
         self.margin, self.factor = net.margin, net.factor
-        self.note = " (simulated)" if flags["data"] == "demo" else ""
+        self.note = " (simulated)" if data.simulated else ""
         optimizer = torch.optim.Adam(net.parameters(), lr=flags["lr"])
         self.plain = net
         self.net, self.optimizer = fabric.setup(net, optimizer)
@@ -617,19 +621,13 @@ def backward(run: Run, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
-        side = flags["window"] + 2 * run.margin
+        windows, dates, _, side, _ = batch.images.shape
         raise InputError(
-            f"out of memory on {fabric.device} with {len(batch.names)} windows of {side} x {side} pixels and up to "
-            f"{batch.images.shape[1]} dates ({prediction_size(flags, len(batch.names))}); lower batch_size (and raise "
-            f"accumulate by as much), max_dates or window"
+            f"out of memory on {fabric.device} with {windows} windows of {side} x {side} pixels and {dates} dates a "
+            f"process; lower batch_size={flags['batch_size']} (and raise accumulate={flags['accumulate']} by as much), "
+            f"max_dates={flags['max_dates']} or window={flags['window']}"
         ) from error
     return loss.detach(), torch.isfinite(prediction.height.detach()).flatten(1).all(1)
-
-
-def prediction_size(flags: dict[str, Any], windows: int) -> str:
-    """The flags that memory depends on, as text."""
-    names = ("batch_size", "max_dates", "window", "channels", "devices")
-    return ", ".join(f"{name}={flags[name]}" for name in names) + f", {windows} windows a process"
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -827,20 +825,11 @@ def report_test(run: Run, params: int) -> None:
         "device": str(run.fabric.device),
         "versions": versions(),
     }
-    write_text(Path("metrics.json"), json.dumps(without_nan(document), indent=2, allow_nan=False) + "\n")
+    write_json(Path("metrics.json"), document)
     # Done: from here on there is nothing to resume, so that the weights may take their final names.
     Path(CHECKPOINT).unlink(missing_ok=True)
     for name, (_, kept) in zip(("best", "second_best"), progress.best, strict=False):
         weights_of(kept).replace(Path("models") / f"{name}.safetensors")
-
-
-def without_nan(value: Any) -> Any:
-    """The same document with null for figures that there are none of, such as those of an empty height class."""
-    if isinstance(value, dict):
-        return {key: without_nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What the output says of the test, its name among the figures, its unit.

@@ -4,7 +4,6 @@ Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. All folds and ensemble me
 stack of networks; a run that was interrupted goes on from its last checkpoint.
 """
 
-import json
 import math
 import os
 import sys
@@ -55,8 +54,8 @@ from utils.runs import (
     say,
     versions,
     whole_file,
+    write_json,
     write_tensors,
-    write_text,
 )
 from utils.seeds import ESTIMATOR_MEMBERS, generator_for
 from utils.stacked_training import (
@@ -569,7 +568,7 @@ def write_results(
     for name, value in summary.items():
         run.events.add_scalar(name, value)
     run.events.close()
-    write_text(Path("metrics.json"), json.dumps(document, indent=2) + "\n")
+    write_json(Path("metrics.json"), document)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from scipy import ndimage, sparse, special
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
+from datasets.canopy_catalogue import BANDS, NODATA
 from datasets.canopy_reference import vegetation_mask
 from utils.errors import InputError
 
@@ -50,7 +51,8 @@ Reals = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-SIMULATION = 1  # to be raised with every change of what is drawn: finished folders carry it in their name
+SIMULATED = "SIMULATED.txt"  # a file that marks a root
+SIMULATION = 2  # to be raised with every change of what is drawn: finished folders carry it in their name
 
 # Layout. Squares lie on a grid two kilometres wide, so that no patch of 1.5 km meets another.
 TILES = {"31TDL": (640, 6504), "31TEL": (740, 6512)}  # km of the first square's upper-left corner, Lambert-93
@@ -70,9 +72,8 @@ CELLS = SIDE // CELL
 PIXEL = 10  # m, of the images
 PIXELS = PATCH // PIXEL
 MARGIN = 5  # pixels around the patch that the bands of 20 m see
-NODATA, NO_HEIGHT = -10000, -1
+NO_HEIGHT = -1
 
-BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 COARSE_BANDS = np.array([3, 4, 5, 7, 8, 9])  # sensed at 20 m, the others at 10 m
 
 # Sun and view.
@@ -314,6 +315,7 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
     by_tile: dict[str, list[Rows]] = {}
     for task, rows in zip(tasks, made, strict=True):
         by_tile.setdefault(task.square.tile, []).append(rows)
+    (root / SIMULATED).write_text("Tiles drawn by datasets/demo_tile.py; nothing here was measured.\n")
     for index, (name, patches) in enumerate(by_tile.items()):
         _write_tables(root, name, patches, np.random.default_rng((seed, index, TABLE_STREAM)))
 

@@ -1,5 +1,6 @@
 """Operation canopy as a user meets it: what a run leaves, resuming, several processes, presets, errors."""
 
+import errno
 import json
 import math
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,18 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from canopy_root import write_root
 from conftest import PROJECT, Ended, Runner, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import canopy
+from datasets.canopy_tiles import CanopyPatches
 from models.pixel_baselines import PARTS_OF_YEAR, fit_boosting, pixel_features
+from models.threasure_net import ThreasureNet
 from utils.canopy_metrics import class_names
 from utils.errors import InputError
 from utils.runs import CHECKPOINT, read_tensors
+from utils.seeds import INITIAL_WEIGHTS, generator_for
 
 SHORT = ["preset=demo", "batch_size=2", "epochs=2", "window=16", "num_rdb=1", "num_dense_layers=1", "channels=8"]
 SHORT += ["growth_channels=4", "max_dates=3", "validations_per_epoch=1", "t_0=1", "precision=32"]
@@ -40,7 +46,7 @@ def test_a_run_leaves_what_it_promises(
     monkeypatch.setattr(canopy, "demo_root", lambda _: root)
     done = run_canopy(*SHORT, "data=demo", tiles[1])
     assert done.returncode == 0, done.stderr
-    document = json.loads((tmp_path / "metrics.json").read_text())
+    document = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert document["data"]["simulated"] and document["squares"] == {"training": 2, "validation": 1, "test": 1}
     total = document["test"]["all"]
     assert {"mae", "rmse", "bias", "mape", "r2", "gradient_difference", "fine_structure_percent", "mae_best_shift"} < set(
@@ -82,17 +88,65 @@ def test_a_run_leaves_what_it_promises(
     assert len(events.Images("validation")) == 2 and {"scatter", "test"} <= set(events.Tags()["images"])
 
 
-def test_the_best_weights_are_tested(run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path) -> None:
-    """A rate that grows wild after the first step leaves the first validation the best."""
-    done = run_canopy(*SHORT, *tiles, "epochs=3", "lr=0.05", "seed=3")
-    assert done.returncode == 0, done.stderr
-    document = json.loads((tmp_path / "metrics.json").read_text())
-    losses = {record["step"]: record["loss_val"] for record in document["validations"]}
-    assert losses[document["best_step"]] == min(losses.values())
+def test_the_best_weights_are_tested(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are made to rise, so that the first validation is the best and the last weights are others."""
+    real, losses = canopy.evaluate, iter([1.0, 2.0, 3.0])
+    tested: dict[str, torch.Tensor] = {}
+
+    def evaluate(run: canopy.Run, samples: CanopyPatches, label: str, *rest: Any) -> canopy.Evaluation:
+        result = real(run, samples, label, *rest)
+        if samples is run.data.validation:
+            return replace(result, loss=next(losses))
+        tested.update({name: tensor.clone() for name, tensor in run.plain.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(canopy, "evaluate", evaluate)
+    assert run_canopy(*SHORT, *tiles, "epochs=3").returncode == 0
     best, record = read_tensors(tmp_path / "models" / "best.safetensors")
-    assert record["step"] == document["best_step"]
     last, _ = read_tensors(tmp_path / "models" / "last.safetensors")
-    assert document["best_step"] == 3 or any(not torch.equal(best[name], last[name]) for name in best)
+    assert record["step"] == 1 == json.loads((tmp_path / "metrics.json").read_text())["best_step"]
+    assert all(torch.equal(best[name], tensor) for name, tensor in tested.items())
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_a_gradient_that_is_cut_to_nothing_trains_nothing(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
+) -> None:
+    net = ThreasureNet(
+        5, 16, encoder="rdn", num_rdb=1, num_dense_layers=1, growth_channels=4, channels=8, upsampling="shuffle"
+    )
+    net.initialise(generator_for(42, INITIAL_WEIGHTS))
+    moved = []
+    for limit in ("1e-14", "0"):
+        assert run_canopy(*SHORT, *tiles, f"clip_norm={limit}").returncode == 0
+        last, _ = read_tensors(tmp_path / "models" / "last.safetensors")
+        moved.append(max(float((last[name] - tensor).abs().max()) for name, tensor in net.state_dict().items()))
+    assert moved[0] < 1e-5 and moved[1] > 1e-3
+
+
+def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(
+    run_canopy: Callable[..., Ended], tmp_path: Path
+) -> None:
+    root = write_root(tmp_path / "root")
+    shared = {"0441_6741": "training", "0450_6740": "training", "0452_6740": "validation", "0454_6740": "test"}
+    write_root(root, tile="31TDM", squares=shared, seed=2)
+    done = run_canopy(*SHORT, f"data={root}", f"cache={tmp_path / 'cache'}", "epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert "Squares for training: 3; left out: 1 squares that another tile has for test or validation" in done.stdout
+    assert "simulated" not in done.stdout
+
+
+def test_a_disk_that_fills_under_tensorboard_ends_in_one_sentence(
+    run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(canopy, "train", fail)
+    done = run_canopy(*SHORT, *tiles)
+    assert done.returncode == 2 and "the disk is full; with more space, go on by" in done.stderr
 
 
 def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":

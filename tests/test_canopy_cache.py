@@ -167,3 +167,11 @@ def test_runs_that_share_a_folder_fill_it_once(fixed: Fixed) -> None:
     for run in runs:
         run.join()
     assert sum("Reading 1 of" in line for line in said) == 1
+
+
+def test_nodata_of_lidar_that_cannot_be_negative_is_no_tree(tmp_path: Path) -> None:
+    heights = np.full((1000, 1000), 120, dtype=np.uint16)
+    heights[0, :3] = 65535
+    write_tif(tmp_path / "a.tif", heights, 440_000, 6_740_000, 1, "EPSG:2154", nodata=65535)
+    height, no_vegetation = read_reference(tmp_path / "a.tif", None, 1.0)
+    assert height.max() == 120 and no_vegetation.sum() == 3 and no_vegetation[0, :3].all()

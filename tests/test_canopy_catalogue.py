@@ -102,10 +102,12 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(root: Path) -> None:
         read_catalogue(root, resolution=5.0)
 
 
-@pytest.mark.parametrize("values", [["20240210"], [20240210], [pd.Timestamp("2024-02-10")]])
+@pytest.mark.parametrize("values", [["20240210"], [20240210], [pd.Timestamp("2024-02-10")], ["2024-02-10T10:50:00Z"]])
 def test_dates_may_be_text_numbers_or_times(root: Path, values: list[object]) -> None:
     edit_table(root / TABLE, s2_date=values * 12)
-    assert str(read_catalogue(root, resolution=5.0).rows["date"][0].date()) == "2024-02-10"
+    catalogue = read_catalogue(root, resolution=5.0)
+    assert str(catalogue.rows["date"][0].date()) == "2024-02-10"
+    assert select(catalogue, "training").patches
 
 
 def image(values: np.ndarray = BLANK, dx: float = 0, **options: object) -> Callable[[Path], None]:

@@ -13,7 +13,8 @@ import rasterio
 from numpy.typing import NDArray
 
 from datasets import demo_tile
-from datasets.demo_tile import BANDS, CONTEXTS, TILES, Landscape, Square, Task, demo_root, sun_angles
+from datasets.canopy_catalogue import BANDS
+from datasets.demo_tile import CONTEXTS, TILES, Landscape, Square, Task, demo_root, sun_angles
 from utils.errors import InputError
 
 QUALITY = ["masked_pixels", "valid_pixels", "ratio_cloud", "ratio_border"]
@@ -83,7 +84,8 @@ def test_every_file_is_where_the_tables_say_and_none_beside(root: Path, images: 
     expected = {f"patches/{TILE}/{row.lidarhd_id}/{row.image_name}" for row in images.itertuples()}
     expected |= {f"lidar/{TILE}/res_1/{name}" for name in images["lidar_name"]}
     expected |= {f"lidar_mask/{TILE}/lidar_mask_{patch}_{TILE}.tif" for patch in patches}
-    expected |= {f"patches/{TILE}/{TILE}.parquet", f"lidar_mask/{TILE}/mask_{TILE}.parquet", f"angles/{TILE}.csv"}
+    expected |= {f"patches/{TILE}/{TILE}.parquet", f"lidar_mask/{TILE}/mask_{TILE}.parquet"}
+    expected |= {f"angles/{TILE}.csv", "SIMULATED.txt"}
     assert set(files_of(root)) == expected
 
 
