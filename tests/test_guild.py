@@ -62,6 +62,11 @@ def test_a_run_without_a_name_is_main_and_compares(
     assert float(row["r2_mean"]) > 0.3
     (metrics,) = home.glob("runs/*/metrics.json")
     assert json.loads(metrics.read_text())["flags"]["shortcut_pooling"] is False
+    sources = metrics.parent / ".guild" / "sourcecode"
+    packages = ("models", "datasets", "utils")
+    expected_sources = {Path(name) for name in ("guild.yml", "requirements.lock", "main.py", "canopy.py")}
+    expected_sources |= {path.relative_to(PROJECT) for package in packages for path in (PROJECT / package).glob("*.py")}
+    assert {path.relative_to(sources) for path in sources.rglob("*.*")} == expected_sources
 
 
 def test_guild_help_explains_every_flag(guild: Callable[..., subprocess.CompletedProcess[str]]) -> None:
