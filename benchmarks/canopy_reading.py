@@ -3,21 +3,20 @@
     python -m benchmarks.canopy_reading [--root data/canopy] [--resolution 2.5] [--rounds 5]
 
 Both ways draw random windows with the margin of a network and up to 12 images, in one process. The plain way opens
-each image, the LiDAR and the mask and reads the window alone. Rounds alternate, and medians are reported. All files
-are in the page cache after the first round, which is not counted, so the figures are those of opening, decoding and
-copying, not of a disk.
+each image, the LiDAR and the mask and reads the window alone. All files are in the page cache after the first round,
+which is not counted, so the figures are those of opening, decoding and copying, not of a disk.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from rasterio.windows import Window
 
+from benchmarks.rates import compare_rates
 from datasets.canopy_cache import cache_patches
 from datasets.canopy_catalogue import BORDER, PIXEL, SQUARE_SIZE, Patch, opened, read_catalogue, select
 from datasets.canopy_reference import at_resolution, drop_low_and_isolated
@@ -68,25 +67,20 @@ def main() -> None:
             cached, training=True, resolution=arguments.resolution, window=WINDOW, margin=MARGIN, max_dates=DATES
         )
         rng = np.random.default_rng(0)
-        ways: dict[str, Callable[[int, int], object]] = {
-            "GeoTIFFs a sample": lambda index, _: plain_sample(patches[index], arguments.resolution, rng),
-            "cache": samples.sample,
-        }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for round_number in range(arguments.rounds + 1):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                for number in range(arguments.samples):
-                    way(number % len(patches), round_number)
-                if round_number > 0:  # the first round warms up
-                    rates[name].append(arguments.samples / (time.perf_counter() - started))
-    plain = statistics.median(rates["GeoTIFFs a sample"])
-    dates = statistics.mean(min(DATES, len(patch.images)) for patch in patches)
-    print(f"{len(patches)} patches, {dates:.1f} images a sample, {arguments.rounds} rounds; cache filled in {built:.1f} s")
-    print(f"{'':<20} {'median':>8} {'min':>8} {'max':>8} {'x plain':>8}   samples/s")
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:<20} {median:>8.1f} {min(values):>8.1f} {max(values):>8.1f} {median / plain:>8.1f}")
+        numbers = range(arguments.samples)
+
+        def from_files(_: int) -> None:
+            for number in numbers:
+                plain_sample(patches[number % len(patches)], arguments.resolution, rng)
+
+        def from_cache(round_number: int) -> None:
+            for number in numbers:
+                samples.sample(number % len(patches), round_number)
+
+        dates = statistics.mean(min(DATES, len(patch.images)) for patch in patches)
+        print(f"{len(patches)} patches, {dates:.1f} images a sample; cache filled in {built:.1f} s")
+        ways = {"GeoTIFFs a sample": (len(numbers), from_files), "cache": (len(numbers), from_cache)}
+        compare_rates(ways, arguments.rounds, "samples")
 
 
 if __name__ == "__main__":

@@ -3,38 +3,24 @@
     python -m benchmarks.stack_speed [--device cuda] [--rounds 5]
 
 A network-epoch is one pass of one network over 315 rows in batches of 32: 4.3 GFLOP. The plain way steps one
-`torch.nn` network after the other, data in memory. Rounds of all ways alternate, and medians are reported, so that a
-machine whose speed drifts slows all of them alike.
+`torch.nn` network after the other, data in memory.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+import main as main_operation
+from benchmarks.rates import compare_rates
 from models import make_stack
 from utils.recipes import recipe_for
 from utils.runs import choose_device, keep_freed_memory
 from utils.stacked_training import FoldData, StackTraining
 
 ROWS, BATCH, FOLDS = 315, 32, 5
-FLAGS = {
-    "num_blocks_per_stage": (1, 1, 1, 1),
-    "num_channels": (64, 64, 64, 64),
-    "strides": (1, 1, 2, 1),
-    "kernel_size": 5,
-    "stem_channels": 96,
-    "shortcut_pooling": True,
-    "lr": 0.001,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-6,
-    "weight_decay": 0.001,
-    "original_training": False,
-}
+FLAGS = main_operation.parser.parse_flags([])
 
 
 def conv_norm(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -109,26 +95,22 @@ def main() -> None:
     device = choose_device(arguments.device)
     keep_freed_memory()
     torch.manual_seed(0)
-    ways = {"plain loop, float32": (2, plain_epoch(device, 2))}
-    for members in (1, 5):
-        for precision, name in (("32", "float32"), ("bf16", "bf16")):
-            epoch = stacked_epoch(device, members, precision)
-            ways[f"stack {FOLDS} x {members}, {name}"] = (FOLDS * members, epoch)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for round_number in range(arguments.rounds + 1):
-        for name, (networks, epoch) in ways.items():
-            started = time.perf_counter()
+
+    def finished(epoch: Callable[[], None]) -> Callable[[int], None]:
+        def call(_: int) -> None:
             epoch()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if round_number > 0:  # the first round warms up
-                rates[name].append(networks / (time.perf_counter() - started))
-    plain = statistics.median(rates["plain loop, float32"])
-    print(f"{device}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
-    print(f"{'':<24} {'median':>8} {'min':>8} {'max':>8} {'x plain':>8}   network-epochs/s")
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:<24} {median:>8.1f} {min(values):>8.1f} {max(values):>8.1f} {median / plain:>8.1f}")
+
+        return call
+
+    ways = {"plain loop, float32": (2, finished(plain_epoch(device, 2)))}
+    for members in (1, 5):
+        for precision, name in (("32", "float32"), ("bf16", "bf16")):
+            epoch = stacked_epoch(device, members, precision)
+            ways[f"stack {FOLDS} x {members}, {name}"] = (FOLDS * members, finished(epoch))
+    print(f"{device}, {torch.get_num_threads()} threads")
+    compare_rates(ways, arguments.rounds, "network-epochs")
 
 
 if __name__ == "__main__":

@@ -101,8 +101,10 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
     Missing values pass: rows that have one are dropped later and counted.
 
     Raises:
-        InputError: a column is absent, a value is text or infinite, or a key appears twice.
+        InputError: the columns are not told apart, one is absent, a value is text or infinite, or a key appears twice.
     """
+    if len(rows.columns) == 1 and ";" in str(rows.columns[0]):
+        raise InputError(f"{path} is separated by semicolons; commas are expected, and points in numbers")
     required = [*KEYS, *PREDICTORS]
     missing = [column for column in required if column not in rows.columns]
     if missing:

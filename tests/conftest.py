@@ -11,29 +11,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# As in guild.yml, before the first test imports torch: waiting OpenMP threads soon sleep.
+# As in guild.yml, before torch is imported: waiting OpenMP threads soon sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+import main
 
 PROJECT = Path(__file__).resolve().parent.parent
 REAL_TABLES = (PROJECT / "data" / "dataset.xlsx", PROJECT.parent / "shared" / "data" / "grassland" / "dataset.xlsx")
 
-# Flags of main.py that the architectures read, at their defaults.
-DEFAULTS = {
-    "bottleneck_factor": 4,
-    "kernel_size": 5,
-    "num_blocks_per_stage": (1, 1, 1, 1),
-    "num_channels": (64, 64, 64, 64),
-    "num_filters": 64,
-    "shortcut_pooling": True,
-    "stem_channels": 96,
-    "strides": (1, 1, 2, 1),
-    "lr": 0.001,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-6,
-    "weight_decay": 0.001,
-    "original_training": False,
-}
+DEFAULTS = main.parser.parse_flags([])
 
 Runner = Callable[..., subprocess.CompletedProcess[str]]
 

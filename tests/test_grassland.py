@@ -149,6 +149,13 @@ def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
         read_table(tmp_path / "empty.csv")
 
 
+def test_a_table_separated_by_semicolons_is_named_as_such(demo: Table, tmp_path: Path) -> None:
+    path = tmp_path / "german.csv"
+    demo.rows.head(5).to_csv(path, index=False, sep=";", decimal=",")
+    with pytest.raises(InputError, match=r"german\.csv is separated by semicolons; commas are expected"):
+        read_table(path)
+
+
 def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     few = demo.rows[demo.rows["ep"].isin(["AEG01", "AEG02", "HEG01"])]
     with pytest.raises(InputError, match=f"3 plots; split_by_plot needs at least {FOLDS}"):

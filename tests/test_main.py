@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT, Ended, Runner, environment
+from conftest import DEFAULTS, PROJECT, Ended, Runner, environment
 from PIL import Image
 
 from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
@@ -290,6 +290,18 @@ def test_help_explains_every_flag_and_reads_the_device_from_the_environment() ->
     for name in ("--study_var", "--warmup_epochs", "--precision", "--device"):
         assert name in done.stdout
     assert "(default: 1500)" in done.stdout
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    published = {
+        "batch_size": 32, "beta1": 0.9, "beta2": 0.999, "bottleneck_factor": 4, "ensemble_count": 1, "epochs": 1500,
+        "eps": 1e-6, "kernel_size": 5, "lr": 0.001, "model": "ResNet18T", "num_blocks_per_stage": (1, 1, 1, 1),
+        "num_channels": (64, 64, 64, 64), "num_filters": 64, "num_kernels": 15000, "original_training": False, "seed": 42,
+        "shortcut_pooling": True, "split_procedure": "split_by_plot", "stem_channels": 96, "strides": (1, 1, 2, 1),
+        "study_var": "SpecRichness", "warmup_epochs": 150, "weight_decay": 0.001,
+    }  # fmt: skip
+    assert {name: value for name, value in DEFAULTS.items() if name in published} == published
+    assert DEFAULTS.keys() - published == {"dataset", "precision", "device"}
 
 
 @pytest.mark.parametrize(("text", "value"), [("no", False), ("False", False), ("0", False), ("yes", True), ("1", True)])

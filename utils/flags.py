@@ -119,9 +119,9 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument(f"--{name}", default=default, help=help, choices=choices, metavar=None if choices else "")
         self.types[name] = type
 
-    def parse_flags(self) -> dict[str, Any]:
-        """The command line's flags by name."""
-        flags = vars(self.parse_args())
+    def parse_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+        """The flags by name, from these arguments or the command line's."""
+        flags = vars(self.parse_args(arguments))
         for name, type_of in self.types.items():
             try:
                 flags[name] = type_of(str(flags[name]))
