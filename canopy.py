@@ -116,10 +116,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validations_per_epoch": 0.04,
     },
 }
-# What is different at a resolution; the demo's finest network has less time for each of its many pixels.
+# What is different at a resolution; the demo's finest network takes fewer steps, for each has more pixels.
 PRESETS_AT: dict[tuple[str, float], dict[str, Any]] = {
     ("published", 10.0): {"num_rdb": 4, "num_dense_layers": 4},
-    ("demo", 2.5): {"epochs": 200, "t_0": 200},
+    ("demo", 2.5): {"lr": 1e-3, "epochs": 200, "t_0": 200},
 }
 
 parser = FlagParser(prog="canopy.py", description=__doc__)
