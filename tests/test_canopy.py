@@ -320,6 +320,9 @@ def test_presets_say_what_they_change() -> None:
     assert canopy.settle(real, cpu)[0] == "Preset published in force"
     assert (real["num_rdb"], real["num_dense_layers"], real["batch_size"], real["accumulate"]) == (4, 4, 32, 4)
     assert real["clip_norm"] == 0 and demo["clip_norm"] > 0 and demo["epochs"] == 300
+    finest: dict[str, Any] = {**flags, **rest, "resolution": 2.5, "data": "demo"}
+    assert "epochs 200 (100)" in canopy.settle(finest, cpu)[0]
+    assert (finest["lr"], finest["epochs"], finest["t_0"]) == (1e-3, 200, 200)
 
 
 def test_validations_are_spread_over_epochs() -> None:
