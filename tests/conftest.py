@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,9 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import main
+
+# Tests that a shell runs in the background are born deaf to Ctrl-C, and so would be the runs that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROJECT = Path(__file__).resolve().parent.parent
 REAL_TABLES = (PROJECT / "data" / "dataset.xlsx", PROJECT.parent / "shared" / "data" / "grassland" / "dataset.xlsx")
