@@ -440,7 +440,7 @@ class Run:
         self.identity = {"data_sha256": data.digest, **{k: v for k, v in flags.items() if k not in where}}
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))
-        self.events = SummaryWriter(".", purge_step=self.progress.step + 1) if fabric.is_global_zero else None
+        self.events = SummaryWriter(str(Path.cwd()), purge_step=self.progress.step + 1) if fabric.is_global_zero else None
         self.pool = Pool(fabric.world_size, self._gather) if fabric.world_size > 1 else ALONE
 
     def _gather(self, tensor: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class Run:
             self._continue(Path(CHECKPOINT))
         done = max((r.history[-1]["epoch"] for r in self.results.values() if r.history), default=0)
         done = max(done, self.checkpoint[1]["epochs_done"] if self.checkpoint else 0)
-        self.events = SummaryWriter(".", purge_step=int(done) + 1 if done else None)
+        self.events = SummaryWriter(str(Path.cwd()), purge_step=int(done) + 1 if done else None)
 
     def _continue(self, path: Path) -> None:
         tensors, record = read_tensors(path)

@@ -17,6 +17,7 @@ from conftest import DEFAULTS, PROJECT, Ended, Runner, environment
 from PIL import Image
 
 from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
+from main import Run
 from models import ESTIMATORS, make_stack
 from utils.metrics import score
 from utils.runs import CHECKPOINT, read_tensors
@@ -72,6 +73,16 @@ def test_a_run_prints_and_leaves_what_it_promises(run_script: Runner, tmp_path: 
     assert list(tmp_path.glob("events.out.tfevents.*"))
     left_over = [path.name for path in tmp_path.rglob("*") if "partial" in path.name or path.name == CHECKPOINT]
     assert not left_over
+
+
+def test_events_go_to_the_folder_that_the_run_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = demo_table()
+    samples = prepare(table, "SpecRichness")
+    monkeypatch.chdir(tmp_path)
+    run = Run(DEFAULTS, table, samples, split(samples, "split_by_plot", 42), torch.device("cpu"))
+    run.events.close()
+    # A thread of the writer opens the file at some later time, in whatever folder the process then is.
+    assert run.events.log_dir == str(tmp_path)
 
 
 def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[..., Ended], tmp_path: Path) -> None:
