@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BANDS = ("blue", "green", "red", "nir", "nirb", "re1", "re2", "re3", "swir1", "swir2")
-STUDY_VARS = ("SpecRichness", "Shannon", "Simpson")
+STUDY_VARIABLES = ("SpecRichness", "Shannon", "Simpson")
 YEARS = (2017, 2018, 2019, 2020)
 OBSERVATORIES = {"AEG": "ALB", "HEG": "HAI", "SEG": "SCH"}  # prefix of the plot id -> observatory
 PLOTS_PER_OBSERVATORY = 50
@@ -124,7 +124,7 @@ def simulate_table(seed: int = 2024) -> pd.DataFrame:
 
     names = [f"{band}_{step}" for step in range(len(STEP_DAYS)) for band in BANDS]
     keys = rows[["year", "ep", "yep", "explo"]]
-    study_vars = pd.DataFrame(diversity, columns=list(STUDY_VARS))
+    study_vars = pd.DataFrame(diversity, columns=list(STUDY_VARIABLES))
     return pd.concat([keys, study_vars, pd.DataFrame(series.reshape(len(rows), -1), columns=names)], axis=1)
 
 

@@ -6,6 +6,7 @@ fastest within a step. The real table was published with Dieste et al., "ResNeTS
 IEEE JSTARS 2024 (Biodiversity Exploratories, BExIS accessions 30969 and 27386).
 """
 
+import functools
 import hashlib
 import zipfile
 import zlib
@@ -17,14 +18,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit
 
+from datasets.demo_table import BANDS as BANDS
+from datasets.demo_table import STUDY_VARIABLES as STUDY_VARIABLES
 from datasets.demo_table import simulate_table
 from utils.errors import InputError
 
-BANDS = ("blue", "green", "red", "nir", "nirb", "re1", "re2", "re3", "swir1", "swir2")
 STEPS = 16
 PREDICTORS = [f"{band}_{step}" for step in range(STEPS) for band in BANDS]
 KEYS = ["year", "ep", "yep", "explo"]
-STUDY_VARIABLES = ("SpecRichness", "Shannon", "Simpson")
 SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory")
 FOLDS = 5
 
@@ -82,7 +83,9 @@ def read_table(path: Path) -> Table:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; an .xlsx, .csv or .parquet table is expected")
-    readers = {".xlsx": pd.read_excel, ".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    # Without its engine named, pandas would ask for other packages where a file is not what its ending says.
+    excel = functools.partial(pd.read_excel, engine="openpyxl")
+    readers = {".xlsx": excel, ".csv": pd.read_csv, ".parquet": pd.read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path} has the ending {path.suffix!r}; .xlsx, .csv or .parquet is expected")
@@ -113,7 +116,7 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
             f"{path} has no column {missing[0]!r}{more}; expected are {', '.join(KEYS)}, a study variable "
             f"and {len(PREDICTORS)} predictors {PREDICTORS[0]} to {PREDICTORS[-1]}"
         )
-    for column in [*PREDICTORS, *(name for name in STUDY_VARIABLES if name in rows.columns)]:
+    for column in ["year", *PREDICTORS, *(name for name in STUDY_VARIABLES if name in rows.columns)]:
         numbers = pd.to_numeric(rows[column], errors="coerce")
         wrong = (numbers.isna() & rows[column].notna()) | np.isinf(numbers)
         if wrong.any():
@@ -123,7 +126,7 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
                 f"{path}, row {position + 2} (yep {rows['yep'].iloc[position]}), column {column!r}: "
                 f"'{rows[column].iloc[position]}' is not a finite number"
             )
-    repeated = np.flatnonzero(rows["yep"].duplicated() & rows["yep"].notna())
+    repeated = np.flatnonzero(rows["yep"].astype(str).duplicated() & rows["yep"].notna())
     if len(repeated):
         position = int(repeated[0])
         raise InputError(
@@ -140,9 +143,9 @@ def prepare(table: Table, study_variable: str) -> Samples:
     """
     if study_variable not in table.rows.columns:
         raise InputError(f"{table.name} has no column {study_variable!r}, the study variable asked for")
-    rows = table.rows.sort_values("yep", kind="stable")
-    numbers = [study_variable, *PREDICTORS]
-    rows = rows[[*KEYS, *numbers]].astype(dict.fromkeys(numbers, np.float64))
+    rows = table.rows.sort_values("yep", kind="stable", key=lambda names: names.astype(str))
+    numbers = ["year", study_variable, *PREDICTORS]
+    rows = rows[[*KEYS, *numbers[1:]]].astype(dict.fromkeys(numbers, np.float64))
     dropped = {}
     for reason, unwanted in (
         ("missing value", lambda frame: frame.isna().any(axis=1)),
@@ -152,6 +155,8 @@ def prepare(table: Table, study_variable: str) -> Samples:
         drop = unwanted(rows)
         dropped[reason] = int(drop.sum())
         rows = rows[~drop]
+    # A spreadsheet may hold some names as numbers.
+    rows = rows.astype({"year": np.int64, "ep": str, "yep": str, "explo": str})
     if rows.empty:
         raise InputError(f"{table.name} has no complete row for {study_variable}")
     x = rows[PREDICTORS].to_numpy().reshape(-1, STEPS, len(BANDS)).transpose(0, 2, 1)

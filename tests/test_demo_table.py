@@ -11,7 +11,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from datasets.demo_table import BANDS, OBSERVATORIES, STUDY_VARS, simulate_table
+from datasets.demo_table import BANDS, OBSERVATORIES, STUDY_VARIABLES, simulate_table
 
 SEEDS = (2024, 1)
 
@@ -67,7 +67,7 @@ def test_one_row_lacks_its_study_variables(table: pd.DataFrame) -> None:
     """One survey is missing as a whole; nothing else is."""
     missing = table.isna()
     assert missing.to_numpy().sum() == 3
-    assert missing.loc[:, list(STUDY_VARS)].all(axis=1).sum() == 1
+    assert missing.loc[:, list(STUDY_VARIABLES)].all(axis=1).sum() == 1
 
 
 def test_same_seed_same_table(table: pd.DataFrame) -> None:
@@ -81,8 +81,8 @@ def test_same_seed_same_table(table: pd.DataFrame) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_diversity_has_the_real_order_of_magnitude(seed: int) -> None:
     """Ranges, means, spreads and correlations of the study variables."""
-    diversity = simulate_table(seed)[list(STUDY_VARS)].dropna()
-    richness, shannon, simpson = (diversity[name] for name in STUDY_VARS)
+    diversity = simulate_table(seed)[list(STUDY_VARIABLES)].dropna()
+    richness, shannon, simpson = (diversity[name] for name in STUDY_VARIABLES)
     assert (richness == richness.round()).all()
     assert richness.between(10, 80).all()
     assert simpson.between(0.0, 1.0, inclusive="neither").all()
@@ -124,7 +124,7 @@ def test_series_are_smooth_and_seasonal(table: pd.DataFrame) -> None:
     assert summer.idxmin() == 2018
 
 
-@pytest.mark.parametrize("name", STUDY_VARS)
+@pytest.mark.parametrize("name", STUDY_VARIABLES)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ridge_by_plot_finds_diversity_and_leaves_room(seed: int, name: str) -> None:
     """A linear model explains a good part of every study variable on plots it never saw, not all of it."""
@@ -132,7 +132,7 @@ def test_ridge_by_plot_finds_diversity_and_leaves_room(seed: int, name: str) -> 
     assert 0.4 < ridge_r2(complete, complete[name].to_numpy()) < 0.75
 
 
-@pytest.mark.parametrize("name", STUDY_VARS)
+@pytest.mark.parametrize("name", STUDY_VARIABLES)
 def test_permuted_target_is_not_predictable(table: pd.DataFrame, name: str) -> None:
     """The score comes from the season's shape: without it there is none."""
     complete = table.dropna()

@@ -101,6 +101,21 @@ def test_all_formats_give_the_same_rows(demo: Table, tmp_path: Path, ending: str
     np.testing.assert_array_equal(prepare(table, "Shannon").x, prepare(with_rows(demo, rows), "Shannon").x)
 
 
+def test_names_may_be_numbers_in_a_spreadsheet(demo: Table, tmp_path: Path) -> None:
+    rows = demo.rows.head(300).astype({"yep": object, "ep": object, "explo": object, "year": object})
+    rows.loc[rows.index[:50], ["ep", "explo"]] = 12
+    rows.loc[rows.index[:50], "yep"] = range(50)
+    rows.loc[rows["year"] == 2018, "year"] = "2018"
+    rows.to_excel(tmp_path / "numbers.xlsx", index=False)
+    samples = prepare(read_table(tmp_path / "numbers.xlsx"), "Shannon")
+    assert {"0", "49"} < set(samples.keys["yep"]) and "12" in set(samples.keys["explo"])
+    assert (
+        samples.dropped["outlier of 2018"]
+        == prepare(with_rows(demo, demo.rows.head(300)), "Shannon").dropped["outlier of 2018"]
+    )
+    assert len(split(samples, "split_by_plot", 42)) == FOLDS and len(split(samples, "split_by_observatory", 42)) >= 2
+
+
 def break_text(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.astype({"nir_3": object}).replace({"nir_3": {rows["nir_3"].iloc[5]: "cloudy"}})
 
@@ -113,6 +128,7 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
         (break_text, r"row 7 \(yep .*\), column 'nir_3': 'cloudy' is not a finite number"),
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, np.inf)), "row 4 .*'red_0': 'inf' is not"),
         (lambda rows: pd.concat([rows, rows.head(1)]), "yep .* appears more than once"),
+        (lambda rows: rows.assign(year="in 2018"), "row 2 .*column 'year': 'in 2018' is not"),
     ],
 )
 def test_a_broken_table_is_refused_in_one_sentence(demo: Table, tmp_path: Path, broken: object, said: str) -> None:
@@ -141,6 +157,9 @@ def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
         archive.writestr("readme", "a zip file, but no workbook")
     with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "other.xlsx")
+    (tmp_path / "old.xlsx").write_bytes(bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600))  # .xls, or protected by a password
+    with pytest.raises(InputError, match="cannot be read"):
+        read_table(tmp_path / "old.xlsx")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "cut.parquet")
