@@ -8,6 +8,8 @@
 #   ADDRESS, PORT   where TensorBoard's port 6006 appears on the host (127.0.0.1, 6006)
 #   CONTAINER_USER  whom the container runs as (who calls this)
 #   DEVICE          device of a run, as in main.py
+#   DATA            folder of tiles or tables outside the project; the container reads it under the same path
+#   CACHE_DIR       folder of canopy's cache (data/canopy_cache of the project)
 set -eu
 project=$(dirname "$(dirname "$(readlink -f "$0")")")
 
@@ -28,7 +30,7 @@ user=${CONTAINER_USER:-${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}}
 if [ -z "${CONTAINER_USER:-}" ] && [ "${user%%:*}" = 0 ]; then
   die "Root would own the runs: launch as a user of the group docker, or set CONTAINER_USER=UID:GID (0:0 with rootless Docker)."
 fi
-case $project${GUILD_HOME:-} in
+case $project${GUILD_HOME:-}${DATA:-}${CACHE_DIR:-} in
   *\"*) die "Docker mounts no folder with a double quote in its path: rename it." ;;
 esac
 command -v docker >/dev/null || die "docker is not installed, see https://docs.docker.com/engine/install/."
@@ -43,6 +45,16 @@ guild_home=$(readlink -f "$guild_home")
 [ $# -gt 0 ] || set -- bash
 set -- "$image" "$@"
 if [ $variant = cuda ]; then set -- --gpus "${GPUS:-all}" "$@"; fi
+if [ -n "${DATA:-}" ]; then
+  [ -d "$DATA" ] || die "DATA=$DATA is not a folder."
+  folder=$(cd "$DATA" && pwd)
+  set -- --mount "type=bind,\"source=$folder\",\"target=$folder\",readonly" "$@"
+fi
+if [ -n "${CACHE_DIR:-}" ]; then
+  mkdir -p "$CACHE_DIR"
+  folder=$(cd "$CACHE_DIR" && pwd)
+  set -- --mount "type=bind,\"source=$folder\",\"target=$folder\"" --env "CACHE_DIR=$folder" "$@"
+fi
 if [ -t 0 ] && [ -t 1 ]; then set -- --interactive --tty "$@"; fi
 
 # The inner quotes keep a comma in a path from ending it.

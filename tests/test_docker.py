@@ -131,6 +131,17 @@ def test_launch_follows_its_environment(clone: Path) -> None:
         assert value in arguments
 
 
+def test_launch_shows_the_container_folders_outside_the_project(clone: Path) -> None:
+    tiles = clone.parent / "my tiles"
+    tiles.mkdir()
+    result = call(clone, "launch.sh", DATA=str(tiles), CACHE_DIR="a cache")
+    assert result.returncode == 0, result.stderr
+    given, cache = list(pairwise(docker_arguments(clone))), clone.parent / "a cache"
+    assert ("--mount", f'type=bind,"source={tiles}","target={tiles}",readonly') in given
+    assert ("--mount", f'type=bind,"source={cache}","target={cache}"') in given and ("--env", f"CACHE_DIR={cache}") in given
+    assert "is not a folder" in call(clone, "launch.sh", DATA="absent").stderr
+
+
 def test_launch_as_root_where_asked_for(clone: Path) -> None:
     result = call(clone, "launch.sh", CONTAINER_USER="0:0")
     assert result.returncode == 0, result.stderr
