@@ -6,7 +6,6 @@ from its last validation.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import sys
@@ -15,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import rasterio
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
@@ -29,7 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets.canopy_cache import cache_patches
+from datasets.canopy_cache import cache_patches, content_digest
 from datasets.canopy_catalogue import CHOICES, NODATA, RESOLUTIONS, Patch, read_catalogue, select
 from datasets.canopy_tiles import (
     ANGLE_CHANNELS,
@@ -54,6 +52,7 @@ from utils.runs import (
     CHECKPOINT,
     called_from,
     choose_device,
+    explaining_out_of_memory,
     fast_bf16,
     keep_freed_memory,
     project_folder,
@@ -69,13 +68,15 @@ from utils.runs import (
 from utils.schedules import cosine_cycles
 from utils.seeds import BASELINE_PIXELS, DROPOUT, INITIAL_WEIGHTS, SHUFFLE, generator_for
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 DECIMETRES = 10.0  # a metre
 EPOCHS_BETWEEN_KEPT = 10  # a checkpoint every so many epochs stays
 BEST_KEPT = 2
 SCENES = 3  # windows in a validation's picture
 BASELINE_SAMPLES, BASELINE_SIZE = 200, 100_000  # windows of training squares and pixels fitted, at most
 BASELINE_DRAWS = 10  # windows of a square, each with dates of its own
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 # Values of the flags left at auto. The published ones are the paper's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -106,20 +107,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 3,
         "growth_channels": 16,
         "channels": 32,
-        "lr": 2e-3,
+        "lr": 1e-3,
         "clip_norm": 0.3,
-        "t_0": 300,
+        "t_0": 220,
         "t_mult": 1,
         "decay_factor": 0.25,
-        "epochs": 300,
+        "epochs": 220,
         "patience": 10,
-        "validations_per_epoch": 0.04,
+        "validations_per_epoch": 0.05,
     },
 }
 # What is different at a resolution; the demo's finest network takes fewer steps, for each has more pixels.
 PRESETS_AT: dict[tuple[str, float], dict[str, Any]] = {
     ("published", 10.0): {"num_rdb": 4, "num_dense_layers": 4},
-    ("demo", 2.5): {"lr": 1e-3, "epochs": 200, "t_0": 200},
+    ("demo", 2.5): {"epochs": 140, "t_0": 140},
 }
 
 parser = FlagParser(prog="canopy.py", description=__doc__)
@@ -131,20 +132,20 @@ parser.flag(
     "clip_norm", auto_or(real(0)), "auto", "largest norm of a step's gradient, longer ones are shortened; 0: no limit"
 )
 parser.flag("data", str, "demo", "folder of tiles, or demo (simulated)")
-parser.flag("decay_factor", auto_or(real(0, exclusive=True)), "auto", "peak of the learning rate over the cycle before's")
+parser.flag("decay_factor", auto_or(real(0, above=True)), "auto", "peak of the learning rate over the cycle before's")
 parser.flag("devices", whole(1), 1, "processes of a node, each on a device of its own")
 parser.flag("encoder", one_of(*ENCODERS), ENCODERS[0], f"network of the single images: {', '.join(ENCODERS)}")
 parser.flag("epochs", auto_or(whole(1)), "auto", "most passes over the training squares, a window each")
 parser.flag("growth_channels", auto_or(whole(1)), "auto", "channels that each dense layer adds")
-parser.flag("lidar_resolution", auto_or(real(0, exclusive=True)), "auto", "m, pixels of the LiDAR files; auto: 1")
+parser.flag("lidar_resolution", real(0, above=True), 1, "m, pixels of the LiDAR files")
 parser.flag("loss", one_of(*LOSSES), LOSSES[0], f"sum of terms: {', '.join(LOSSES)}")
 parser.flag("lr", auto_or(real(0)), "auto", "Adam: learning rate at the first peak")
 parser.flag("mask", one_of(*CHOICES), "auto", "auto/yes/no, the files' masks of tall vegetation; auto: where there")
 parser.flag("max_dates", auto_or(whole(1)), "auto", "most images of a sample")
-parser.flag("max_masked", real(0, below=100.1), 50, "percent, most cloud-masked pixels of an image")
+parser.flag("max_masked", real(0, 100), 50, "percent, most cloud-masked pixels of an image")
 parser.flag("min_dates", whole(1), 5, "least images of a square")
-parser.flag("min_valid", real(0, below=100.1), 100, "percent, least valid pixels of an image")
-parser.flag("min_vegetation", real(0, below=100.1), 10, "percent, least tall vegetation of a square, where masks are in use")
+parser.flag("min_valid", real(0, 100), 100, "percent, least valid pixels of an image")
+parser.flag("min_vegetation", real(0, 100), 10, "percent, least tall vegetation of a square, where masks are in use")
 parser.flag("num_dense_layers", auto_or(whole(1)), "auto", "rdn: convolutions of a dense block")
 parser.flag("num_nodes", whole(1), 1, "machines, under torchrun or Slurm")
 parser.flag("num_rdb", auto_or(whole(1)), "auto", "rdn: residual dense blocks")
@@ -158,7 +159,7 @@ parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first cycle of the 
 parser.flag("t_mult", auto_or(whole(1)), "auto", "length of a cycle over the one before")
 parser.flag("tiles", str, "all", "names of tiles, separated by spaces or commas, or all")
 parser.flag("upsampling", one_of(*UPSAMPLINGS), UPSAMPLINGS[0], f"to the finer grid by {' or '.join(UPSAMPLINGS)}")
-parser.flag("validations_per_epoch", auto_or(real(0, exclusive=True)), "auto", "below 1, one every so many epochs")
+parser.flag("validations_per_epoch", auto_or(real(0, above=True)), "auto", "below 1, one every so many epochs")
 parser.flag("weight_no_vegetation", real(0), 0.1, "weight of pixels without tall vegetation in the loss of heights")
 parser.flag("window", auto_or(whole(8)), "auto", "side of a sample in image pixels of 10 m")
 parser.flag("workers", auto_or(whole(0)), "auto", "reading processes of each device; auto: 0 on a CPU, 4 on a GPU")
@@ -181,7 +182,7 @@ class Data(NamedTuple):
         statistics: of the standardisation.
         crs: the grid of each tile.
         with_angles: whether angles are channels.
-        digest: of the files behind the samples.
+        digests: sha256 of the content behind the samples of each context.
         simulated: whether the tiles are.
     """
 
@@ -191,7 +192,7 @@ class Data(NamedTuple):
     statistics: Statistics
     crs: dict[str, CRS]
     with_angles: bool
-    digest: str
+    digests: dict[str, str]
     simulated: bool
 
 
@@ -231,7 +232,7 @@ def main() -> None:
         torch.distributed.destroy_process_group()
 
 
-def experiment(flags: dict[str, Any], fabric: Fabric, cache: str, margin: int, told: Callable[[str], None]) -> None:
+def experiment(flags: dict[str, Any], fabric: "Fabric", cache: str, margin: int, told: Callable[[str], None]) -> None:
     """Load the data, train and test, in each process."""
     # The first process makes the demo and fills the cache; the others find both made, or leave without a word.
     data, problem = None, ""
@@ -277,10 +278,8 @@ def settle(flags: dict[str, Any], device: torch.device) -> list[str]:
     left = [name for name in preset if flags[name] is None]
     flags |= {name: preset[name] for name in left}
     changed = [f"{name} {flags[name]:g} ({published[name]:g})" for name in left if flags[name] != published[name]]
-    note = f"; smaller and shorter than published, in brackets: {', '.join(changed)}" if changed else ""
+    note = f"; not as published, whose values are in brackets: {', '.join(changed)}" if changed else ""
     lines = [f"Preset {flags['preset']} in force{note}"]
-    if flags["lidar_resolution"] is None:
-        flags["lidar_resolution"] = 1.0
     if flags["workers"] is None:
         flags["workers"] = 4 if device.type == "cuda" else 0
     able = fast_bf16(device)
@@ -300,12 +299,15 @@ def make_network(flags: dict[str, Any], channels_in: int) -> ThreasureNet:
     return ThreasureNet(flags["resolution"], channels_in, **{name: flags[name] for name in names})
 
 
-def start_processes(flags: dict[str, Any], device: torch.device) -> Fabric:
+def start_processes(flags: dict[str, Any], device: torch.device) -> "Fabric":
     """One process a device: this one alone, or as many as the flags say.
 
     Raises:
         InputError: the flags and the launcher disagree, there are too few devices, or the batch cannot be shared evenly.
     """
+    # Loaded here: it takes longer than all other imports, and Guild imports this file for its flags alone.
+    from lightning_fabric import Fabric
+
     processes = flags["devices"] * flags["num_nodes"]
     several = processes > 1
     launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 0)
@@ -337,7 +339,7 @@ def start_processes(flags: dict[str, Any], device: torch.device) -> Fabric:
 
 
 @contextlib.contextmanager
-def ending_together(fabric: Fabric) -> Iterator[None]:
+def ending_together(fabric: "Fabric") -> Iterator[None]:
     """A block whose mistakes end all processes, with one sentence.
 
     Raises:
@@ -370,13 +372,14 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
     for finding in catalogue.findings:
         told(str(finding))
     limits = {name: flags[name] for name in ("max_masked", "min_valid", "min_vegetation", "min_dates")}
-    folder = Path(cache) if cache else project_folder() / "data" / "canopy_cache"
+    folder = called_from() / cache if cache else project_folder() / "data" / "canopy_cache"
     chosen: dict[str, list[Patch]] = {}
-    taken: set[tuple[str, str]] = set()
+    taken: set[tuple[int | str, tuple[float, float]]] = set()
     for context in ("test", "validation", "training"):
         patches, dropped = select(catalogue, context, **limits)
         # Overlapping tiles may hold one square in two contexts, where neither would know.
-        places = [(catalogue.crs[patch.tile].to_wkt(), patch.name) for patch in patches]
+        grids = {tile: crs.to_epsg() or crs.to_wkt() for tile, crs in catalogue.crs.items()}
+        places = [(grids[patch.tile], patch.corner) for patch in patches]
         chosen[context] = [patch for patch, place in zip(patches, places, strict=True) if place not in taken]
         again = f"squares that another tile has for {' or '.join(list(chosen)[:-1])}"
         dropped = dropped | {again: len(patches) - len(chosen[context])}
@@ -404,30 +407,16 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         statistics=statistics,
         crs=catalogue.crs,
         with_angles=catalogue.with_angles,
-        digest=digest_of(chosen),
+        digests={context: content_digest(one.patches) for context, one in samples.items()},
         simulated=simulated,
     )
-
-
-def digest_of(chosen: dict[str, list[Patch]]) -> str:
-    """sha256 of what the samples are made from: squares, dates, angles, names and sizes of the files."""
-    digest = hashlib.sha256()
-    for context, patches in chosen.items():
-        for patch in patches:
-            files = [patch.lidar, *patch.images, *([] if patch.mask is None else [patch.mask])]
-            named = [f"{path.name} {path.stat().st_size}" for path in files]
-            digest.update(
-                " ".join([context, patch.tile, patch.name, str(patch.lidar_date), *map(str, patch.dates), *named]).encode()
-            )
-            digest.update(b"" if patch.angles is None else patch.angles.tobytes())
-    return digest.hexdigest()
 
 
 class Run:
     """One run: flags, data, network and optimiser, and where it has got to; all files are in the working directory."""
 
     def __init__(
-        self, flags: dict[str, Any], data: Data, fabric: Fabric, net: ThreasureNet, told: Callable[[str], None]
+        self, flags: dict[str, Any], data: Data, fabric: "Fabric", net: ThreasureNet, told: Callable[[str], None]
     ) -> None:
         self.flags, self.data, self.fabric, self.told = flags, data, fabric, told
         self.margin, self.factor = net.margin, net.factor
@@ -437,7 +426,7 @@ class Run:
         self.net, self.optimizer = fabric.setup(net, optimizer)
         self.progress = Progress()
         where = ("workers", "devices", "num_nodes")
-        self.identity = {"data_sha256": data.digest, **{k: v for k, v in flags.items() if k not in where}}
+        self.identity = {"data_sha256": data.digests, **{k: v for k, v in flags.items() if k not in where}}
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))
         self.events = SummaryWriter(str(Path.cwd()), purge_step=self.progress.step + 1) if fabric.is_global_zero else None
@@ -499,7 +488,7 @@ class Run:
             "predictor_unit": "surface reflectance x 10 000, nodata -10000",
             "target_unit": "decimetres, 95th percentile of LiDAR heights",
             "simulated": bool(self.note),
-            "data_sha256": self.data.digest,
+            "data_sha256": self.data.digests,
             "versions": versions(),
         }
         write_tensors(path, self.plain.state_dict(), record)
@@ -604,7 +593,7 @@ def backward(run: Run, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
         generator_for(flags["seed"], DROPOUT, number, first + position, device=fabric.device)
         for position in range(len(batch.names))
     ]
-    try:
+    with explaining_out_of_memory(what_to_lower(run, batch)):
         batch = to_device(batch, fabric.device)
         prediction = predict(run, batch, generators)
         target = standardised_target(run, batch)
@@ -618,16 +607,18 @@ def backward(run: Run, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
             run.pool,
         )
         fabric.backward(loss / flags["accumulate"])
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
-            raise
-        windows, dates, _, side, _ = batch.images.shape
-        raise InputError(
-            f"out of memory on {fabric.device} with {windows} windows of {side} x {side} pixels and {dates} dates a "
-            f"process; lower batch_size={flags['batch_size']} (and raise accumulate={flags['accumulate']} by as much), "
-            f"max_dates={flags['max_dates']} or window={flags['window']}"
-        ) from error
     return loss.detach(), torch.isfinite(prediction.height.detach()).flatten(1).all(1)
+
+
+def what_to_lower(run: Run, batch: Batch) -> str:
+    """Where the memory did not suffice, and the flags that need less of it."""
+    flags = run.flags
+    windows, dates, _, side, _ = batch.images.shape
+    return (
+        f"on {run.fabric.device} with {windows} windows of {side} x {side} pixels and {dates} dates a process; lower "
+        f"batch_size={flags['batch_size']} (and raise accumulate={flags['accumulate']} by as much), "
+        f"max_dates={flags['max_dates']} or window={flags['window']}"
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -701,8 +692,9 @@ def evaluate(run: Run, samples: CanopyPatches, label: str, write: Callable[..., 
     batches = [[(index, 0) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
     loader = load(run, samples, batches)
     for batch in tqdm(loader, label, leave=False, disable=not fabric.is_global_zero):
-        batch = to_device(batch, fabric.device)
-        prediction = predict(run, batch)
+        with explaining_out_of_memory(what_to_lower(run, batch)):
+            batch = to_device(batch, fabric.device)
+            prediction = predict(run, batch)
         height, logit = prediction.height.float(), prediction.vegetation.float()
         if not bool(torch.isfinite(height).all()):
             raise InputError(
@@ -811,7 +803,7 @@ def report_test(run: Run, params: int) -> None:
     write_pictures(run, result)
     document = {
         "flags": flags,
-        "data": {"sha256": run.data.digest, "simulated": bool(run.note), "statistics": asdict(run.data.statistics)},
+        "data": {"sha256": run.data.digests, "simulated": bool(run.note), "statistics": asdict(run.data.statistics)},
         "squares": {name: len(getattr(run.data, name)) for name in ("training", "validation", "test")},
         "units": "metres; mape a fraction, gradient_difference m2, fine_structure_percent %",
         "test": result.scores,

@@ -4,6 +4,7 @@ Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. All folds and ensemble me
 stack of networks; a run that was interrupted goes on from its last checkpoint.
 """
 
+import hashlib
 import math
 import os
 import sys
@@ -45,6 +46,7 @@ from utils.runs import (
     CHECKPOINT,
     called_from,
     choose_device,
+    explaining_out_of_memory,
     fast_bf16,
     keep_freed_memory,
     project_folder,
@@ -71,15 +73,15 @@ SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS"
 
 parser = FlagParser(prog="main.py", description=__doc__)
 parser.flag("batch_size", whole(1), 32, "rows of a training batch")
-parser.flag("beta1", real(0, below=1), 0.9, "AdamW: decay of the gradient's mean")
-parser.flag("beta2", real(0, below=1), 0.999, "AdamW: decay of the squared gradient's mean")
+parser.flag("beta1", real(0, 1, below=True), 0.9, "AdamW: decay of the gradient's mean")
+parser.flag("beta2", real(0, 1, below=True), 0.999, "AdamW: decay of the squared gradient's mean")
 parser.flag("bottleneck_factor", whole(1), 4, "InceptionTime: channels into a bottleneck over channels out of it")
 parser.flag(
     "dataset", str, "grassland", "grassland (data/dataset.xlsx), demo (simulated), or a path to an .xlsx, .csv or .parquet"
 )
 parser.flag("ensemble_count", whole(1), 1, "networks of a fold, whose predictions are averaged")
 parser.flag("epochs", whole(1), 1500, "most training epochs after warm-up")
-parser.flag("eps", real(0, exclusive=True), 1e-6, "AdamW: added to the root of the mean squared gradient")
+parser.flag("eps", real(0, above=True), 1e-6, "AdamW: added to the root of the mean squared gradient")
 parser.flag("kernel_size", whole(1), 5, "ResNet18T: time steps that a convolution sees, odd")
 parser.flag("lr", real(0), 0.001, "AdamW: learning rate after warm-up")
 parser.flag("model", one_of(*NETWORKS, *ESTIMATORS), "ResNet18T", f"architecture: {', '.join([*NETWORKS, *ESTIMATORS])}")
@@ -144,7 +146,10 @@ def main() -> None:
 
     run = Run(flags, table, samples, splits, device)
     if flags["model"] in NETWORKS:
-        train_networks(run)
+        networks = len(splits) * flags["ensemble_count"]
+        advice = f"on {device} with {networks} networks at once; lower ensemble_count, batch_size or the network's width"
+        with explaining_out_of_memory(advice):
+            train_networks(run)
     else:
         fit_estimators(run)
     report_results(run)
@@ -183,18 +188,20 @@ class Run:
         self.results: dict[int, Result] = {}
         self.counts = {"network_epochs": 0.0, "network_seconds": 0.0}
         self.note = " (simulated)" if table.simulated else ""
-        self.size = {"params": -1, "madds": -1, "memory": -1.0}
+        self.size: dict[str, float] = {"params": -1}
         self.saved_at = time.perf_counter()
         self.scalers = [
             StandardScaler().fit(samples.x[fold.train].transpose(0, 2, 1).reshape(len(fold.train), -1)) for fold in splits
         ]
-        self.identity = {"table_sha256": table.sha256, **flags}
+        # Folds depend on scikit-learn's version, too.
+        folds = hashlib.sha256(b"".join(ids.tobytes() for fold in splits for ids in fold)).hexdigest()
+        self.identity = {"table_sha256": table.sha256, "folds_sha256": folds, **flags}
         self.checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))
         done = max((r.history[-1]["epoch"] for r in self.results.values() if r.history), default=0)
         done = max(done, self.checkpoint[1]["epochs_done"] if self.checkpoint else 0)
-        self.events = SummaryWriter(str(Path.cwd()), purge_step=int(done) + 1 if done else None)
+        self.events = SummaryWriter(str(Path.cwd()), purge_step=int(done) + 1)
 
     def _continue(self, path: Path) -> None:
         tensors, record = read_tensors(path)
@@ -306,7 +313,7 @@ def train_networks(run: Run) -> None:
             training.begin_warm_up(epoch)
             recorder.epoch(epoch)
             if epoch == 0 or (epoch + 1) % 10 == 0 or epoch + 1 == warmup:
-                recorder.flush()
+                recorder.flush(validated=False)
                 say(f"Warmup epoch: {epoch + 1}/{warmup} - Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
                 recorder.save_if_due(epoch + 1)
             bar.update()
@@ -321,10 +328,11 @@ def train_networks(run: Run) -> None:
             training.step_schedules()
             stopped = []
             if validated or epoch == epochs:
-                recorder.flush()
+                recorder.flush(validated)
                 say(f"Epoch: {epoch}")
                 say(f"Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
-                say(f"Val loss: {recorder.mean('loss_val'):.4f}{run.note}")
+                if validated:
+                    say(f"Val loss: {recorder.mean('loss_val'):.4f}{run.note}")
                 patience = patience_of(epochs)
                 stopped = [f for f in training.folds if epoch == epochs or f.validations_without_best >= patience]
                 for fold in stopped:
@@ -374,8 +382,11 @@ class EpochRecorder:
         self.run.counts["network_seconds"] += now - self.clock
         self.clock = now
 
-    def flush(self) -> None:
+    def flush(self, validated: bool) -> None:
         """Read the pending losses and write them to the folds' histories and TensorBoard.
+
+        Args:
+            validated: whether the last pending epoch was validated.
 
         Raises:
             InputError: a loss is not finite.
@@ -395,7 +406,7 @@ class EpochRecorder:
         epoch = self.pending[-1][0]
         for fold in self.training.folds:
             self.latest.setdefault(fold.number, {})["loss_train"] = fold.train_loss
-            if math.isfinite(fold.validation_loss):
+            if validated:
                 fold.history[-1]["loss_val"] = fold.validation_loss
                 self.run.events.add_scalar(f"loss_val/fold_{fold.number}", fold.validation_loss, epoch)
         self.pending.clear()
@@ -471,7 +482,7 @@ def fit_estimators(run: Run) -> None:
 
 def report_results(run: Run) -> None:
     """Compute the figures from the folds' predictions, print them and write the run's files."""
-    _flags, samples = run.flags, run.samples
+    samples = run.samples
     results = [run.results[number] for number in sorted(run.results)]
     tables, scores = [], []
     for result in results:

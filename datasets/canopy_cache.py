@@ -3,6 +3,7 @@
     <folder>/<tile>/<patch>/images-<key>.npy      (date, band, row, column) int16, the selected images
     <folder>/<tile>/<patch>/reference-<key>.npy   (2, row, column) int16 at the output resolution: height in dm, and 1
                                                   where there is no tall vegetation
+    <the same>.sha256                             of the array's bytes, written last: an array without it is made anew
 
 The key is drawn from name, size and time of change of every source file and from what else the content depends on. A
 file once written is thus right for ever: runs share a folder, and a changed source or another selection gives another
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from datasets.canopy_catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE, Patch, opened
 from datasets.canopy_reference import at_resolution
 from utils.errors import InputError
-from utils.runs import whole_file
+from utils.runs import whole_file, write_text
 
-FORMAT = 2  # raised when the content of the files changes
+FORMAT = 3  # raised when the content of the files changes
+DIGEST = ".sha256"
 GIGABYTE = 1e9
 
 
@@ -107,6 +109,23 @@ def cache_patches(
     return cached
 
 
+def content_digest(patches: Sequence[CachedPatch]) -> str:
+    """sha256 of all that samples of these patches are made from: pixels, heights, masks, dates and angles.
+
+    Raises:
+        InputError: the cache has lost a patch.
+    """
+    digest = hashlib.sha256()
+    for patch in patches:
+        try:
+            content = [Path(array).with_suffix(DIGEST).read_text() for array in (patch.images, patch.reference)]
+        except OSError as error:
+            raise InputError(f"{patch.name} is gone from the cache ({error}); start the run again to fill it") from error
+        digest.update(json.dumps([patch.name, *content, patch.days.tolist(), patch.lidar_day]).encode())
+        digest.update(b"" if patch.angles is None else patch.angles.tobytes())
+    return digest.hexdigest()
+
+
 def _place(patch: Patch, folder: Path, resolution: float, lidar_resolution: float) -> CachedPatch:
     """Where a patch belongs in the cache, by its sources as they are now."""
     reference = [patch.lidar] if patch.mask is None else [patch.lidar, patch.mask]
@@ -139,7 +158,11 @@ def _key(sources: Sequence[Path], *settings: float) -> str:
 def _missing(patches: Sequence[Patch], cached: Sequence[CachedPatch]) -> list[tuple[Patch, CachedPatch]]:
     """The patches that are not all in the cache."""
     pairs = zip(patches, cached, strict=True)
-    return [(patch, to) for patch, to in pairs if not (Path(to.images).exists() and Path(to.reference).exists())]
+    return [(patch, to) for patch, to in pairs if not (_is_whole(to.images) and _is_whole(to.reference))]
+
+
+def _is_whole(array: str) -> bool:
+    return Path(array).exists() and Path(array).with_suffix(DIGEST).exists()
 
 
 def _size(patch: Patch, resolution: float) -> int:
@@ -170,9 +193,9 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def _write_patch(patch: Patch, to: CachedPatch, resolution: float, lidar_resolution: float) -> None:
     """Read a patch and write what the cache lacks of it."""
-    if not Path(to.images).exists():
+    if not _is_whole(to.images):
         _write_array(Path(to.images), np.stack([read_image(path) for path in patch.images]))
-    if not Path(to.reference).exists():
+    if not _is_whole(to.reference):
         height, no_vegetation = read_reference(patch.lidar, patch.mask, lidar_resolution)
         height, no_vegetation = at_resolution(height, no_vegetation, lidar_resolution, resolution)
         _write_array(Path(to.reference), np.stack([height, no_vegetation.astype(np.int16)]))
@@ -226,6 +249,7 @@ def _write_array(path: Path, array: NDArray[Any]) -> None:
     with whole_file(path) as beside, beside.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
+    write_text(path.with_suffix(DIGEST), hashlib.sha256(array.data).hexdigest())
 
 
 def _day_of_year(dates: NDArray[np.datetime64] | np.datetime64) -> NDArray[np.int64]:

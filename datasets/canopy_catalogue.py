@@ -10,9 +10,9 @@
 A patch is named after the upper-left corner of its 1 km LiDAR square in kilometres (`0440_6740`); its images reach
 250 m further on each side. Any projected grid in metres will do, as long as a tile's files share it.
 
-`read_catalogue` reads the tables and opens every file's header. What is absent is left out and counted; what is there
-but wrong would be misread in silence, and is refused. `select` then applies the published selection (Kalinicheva et
-al. 2026, THREASURE-Net, Remote Sensing of Environment).
+`read_catalogue` reads the tables and opens every file's header. What is absent and rows that cannot be used are left
+out and counted; files that are there but wrong would be misread in silence, and are refused. `select` then applies the
+published selection (Kalinicheva et al. 2026, THREASURE-Net, Remote Sensing of Environment).
 """
 
 import contextlib
@@ -384,7 +384,8 @@ def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list
             "valid_pixels": pd.to_numeric(table["valid_pixels"], errors="coerce"),
         }
     )
-    kinds = rows.groupby("patch")["context"].transform("nunique")
+    square = patch.str.replace(r"(^|_)0+(?=\d)", r"\1", regex=True)  # 0440_6740 and 440_6740 are one
+    kinds = rows.groupby(square)["context"].transform("nunique")
     _note(findings, f"{path.name}: square in more than one context", patch[kinds > 1].unique(), refused=True)
     several = rows.groupby("patch")[["lidar", "lidar_date"]].transform("nunique").max(axis=1) > 1
     for unusable, names, what in (

@@ -30,6 +30,7 @@ from datasets.canopy_catalogue import BORDER, PATCH_SIZE, PIXEL, SQUARE_SIZE
 from datasets.canopy_catalogue import NODATA as NODATA
 from datasets.canopy_reference import drop_low_and_isolated
 from utils.errors import InputError
+from utils.seeds import STATISTICS, WINDOWS
 
 MAX_REFLECTANCE = 15_000  # x 10 000: clouds and glint are cut off here
 BLOCK = 8  # pixels: side of the block an image gives to the statistics
@@ -177,7 +178,7 @@ class CanopyPatches(Dataset[Sample]):
             InputError: the cache has lost the patch.
         """
         patch = self.patches[index]
-        row, column, dates = self._draw(len(patch.days), np.random.default_rng([self.seed, epoch, index]))
+        row, column, dates = self._draw(len(patch.days), np.random.default_rng([self.seed, WINDOWS, epoch, index]))
         size = self.window + 2 * self.margin
         top, left = row + BORDER - self.margin, column + BORDER - self.margin
         try:
@@ -291,7 +292,7 @@ def find_statistics(patches: Sequence[CachedPatch], choice: str, lidar_resolutio
         raise InputError(f"statistics={choice} is not one of auto, published, data")
     if choice == "published":
         return PUBLISHED
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, STATISTICS])
     chosen = [patches[i] for i in np.sort(rng.choice(len(patches), min(len(patches), STATISTICS_PATCHES), replace=False))]
     blocks = np.concatenate([_blocks(patch, rng) for patch in chosen], axis=1)
     bands = [_median_and_scale(band[band != NODATA], f"band {name}") for name, band in zip(BANDS, blocks, strict=True)]
@@ -308,9 +309,12 @@ def find_statistics(patches: Sequence[CachedPatch], choice: str, lidar_resolutio
 
 
 def _blocks(patch: CachedPatch, rng: np.random.Generator) -> NDArray[np.int16]:
-    """A block of pixels of each image of a patch, at random places: (band, pixel)."""
+    """A block of pixels of each image of a patch, at random places: (band, pixel).
+
+    Within the LiDAR square: what lies around it may belong to a square of validation or test.
+    """
     stack = np.load(patch.images, mmap_mode="r")
-    places = rng.integers(0, PATCH_SIZE - BLOCK, (len(stack), 2), endpoint=True)
+    places = rng.integers(BORDER, BORDER + SQUARE_SIZE - BLOCK, (len(stack), 2), endpoint=True)
     blocks = [stack[date, :, row : row + BLOCK, column : column + BLOCK] for date, (row, column) in enumerate(places)]
     return np.concatenate([block.reshape(len(BANDS), -1) for block in blocks], axis=1)
 

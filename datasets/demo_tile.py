@@ -52,11 +52,11 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 SIMULATED = "SIMULATED.txt"  # a file that marks a root
-SIMULATION = 2  # to be raised with every change of what is drawn: finished folders carry it in their name
+SIMULATION = 3  # to be raised with every change of what is drawn: finished folders carry it in their name
 
 # Layout. Squares lie on a grid two kilometres wide, so that no patch of 1.5 km meets another.
 TILES = {"31TDL": (640, 6504), "31TEL": (740, 6512)}  # km of the first square's upper-left corner, Lambert-93
-CONTEXTS = ("training",) * 6 + ("validation",) * 2 + ("test",) * 2
+CONTEXTS = ("training",) * 8 + ("validation",) * 2 + ("test",) * 2
 SMALL_CONTEXTS = ("training",) * 2 + ("validation", "test")
 SQUARES_PER_ROW = 5
 STEP_KM = 2
@@ -114,12 +114,12 @@ class Species(NamedTuple):
 
 
 SPECIES = (
-    Species("oak", False, 29.0, 0.022, 0.150, 0.60, 2.0, 116.0, 308.0),
-    Species("beech", False, 32.0, 0.024, 0.140, 0.60, 2.0, 112.0, 303.0),
-    Species("birch", False, 23.0, 0.045, 0.110, 0.60, 1.7, 106.0, 293.0),
-    Species("Douglas fir", True, 36.0, 0.032, 0.100, 0.50, 1.0, 0.0, 0.0),
-    Species("spruce", True, 33.0, 0.032, 0.090, 0.45, 1.0, 0.0, 0.0),
-    Species("Scots pine", True, 26.0, 0.030, 0.115, 0.65, 1.5, 0.0, 0.0),
+    Species("oak", False, 29.0, 0.022, 0.150, 0.75, 2.0, 116.0, 308.0),
+    Species("beech", False, 32.0, 0.024, 0.140, 0.75, 2.0, 112.0, 303.0),
+    Species("birch", False, 23.0, 0.045, 0.110, 0.75, 1.7, 106.0, 293.0),
+    Species("Douglas fir", True, 36.0, 0.032, 0.100, 0.65, 1.0, 0.0, 0.0),
+    Species("spruce", True, 33.0, 0.032, 0.090, 0.62, 1.0, 0.0, 0.0),
+    Species("Scots pine", True, 26.0, 0.030, 0.115, 0.75, 1.5, 0.0, 0.0),
 )
 RICHARDS_SHAPE = 1.4  # slow start of young trees
 OAK, BEECH = 0, 1
@@ -159,7 +159,7 @@ SHADE_LIGHT = np.array([0.35, 0.28, 0.22, 0.22, 0.38, 0.42, 0.42, 0.42, 0.22, 0.
 # Leaves and shadows.
 LEAF_AREA = 5.5  # m2/m2 of a tall tree
 LEAF_AREA_HEIGHT = 5.0  # m of growth until 63 % of it
-DARKENING = 0.4  # share of a tall crown's light lost between branches and clumps of leaves
+DARKENING = 0.5  # share of a tall crown's light lost between branches and clumps of leaves
 DARKENING_HEIGHT = 20.0  # m of growth until 63 % of it
 EXTINCTION = 0.5  # of light by leaf area (Monsi and Saeki 1953)
 LEAF_WIDTH = 5.0  # days, of leafing out; falling takes twice that
@@ -173,8 +173,8 @@ BORDER_WAVES = 25.0  # m, sd of the borders' departure from straight lines
 OPEN_LAND, WOODED = 0.0, 0.7  # share of forest parcels in a square of fields and in the others
 CLEARINGS = 0.12  # share of the forest parcels
 YOUNGEST, OLDEST = 10.0, 130.0  # years, of a stand
-OPENNESS = 0.4  # share of trees that the most open stands lack
-CROWN_SPACING = 1.7  # spacing of trees in crown radii: closed stands overlap a little
+OPENNESS = 0.3  # share of trees that the most open stands lack
+CROWN_SPACING = 1.4  # spacing of trees in crown radii: the crowns of closed stands overlap
 TREE_COLOUR = 0.3  # sd of the logarithm of a tree's brightness
 GROUND_COLOUR = 0.10  # sd of the logarithm of the ground's brightness, over tens of metres
 HEDGES = 0.25  # share of the borders between fields
@@ -265,7 +265,7 @@ class Rows(NamedTuple):
 def demo_root(folder: Path, seed: int = 2024, small: bool = False, processes: int | None = None) -> Path:
     """Make the simulated tiles, or find them made: whole or not at all.
 
-    Two tiles with 6 training, 2 validation and 2 test squares each, 20 dates in 2023. In the first training square of a
+    Two tiles with 8 training, 2 validation and 2 test squares each, 20 dates in 2023. In the first training square of a
     tile, fields leave too little tall vegetation for use; some images are too cloudy or cut by the orbit's edge; one a
     tile has no row of angles.
 
@@ -453,7 +453,7 @@ def _draw_stand(inside: Bools, window: tuple[slice, slice], gaps: Reals, young: 
     second_share = 0.4 if rng.random() < 0.3 else 0.05
     age = rng.uniform(2.0, 9.0) if young else YOUNGEST + (OLDEST - YOUNGEST) * rng.beta(1.2, 1.8)
     site = rng.uniform(0.85, 1.1)
-    spread = 0.25 if rng.random() < 0.3 else 0.08  # of heights: some stands are uneven-aged
+    spread = 0.2 if rng.random() < 0.3 else 0.08  # of heights: some stands are uneven-aged
     closure = rng.uniform(0.5, 0.8) if young else 1.0 - OPENNESS * rng.beta(1.0, 2.5)
     gap_level = rng.uniform(0.8, 2.5)
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from canopy_root import write_root
+from canopy_root import SPECTRUM, write_root
 from conftest import PROJECT, Ended, Runner, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import canopy
 from datasets.canopy_tiles import CanopyPatches
+from models import threasure_net
 from models.pixel_baselines import PARTS_OF_YEAR, fit_boosting, pixel_features
 from models.threasure_net import ThreasureNet
 from utils.canopy_metrics import class_names
@@ -84,11 +85,12 @@ def test_a_run_leaves_what_it_promises(
     assert record["statistics"]["source"] in ("published", "training pixels") and record["flags"]["channels"] == 8
 
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
-    assert len(events.Scalars("loss_train")) == 2 and events.Scalars("lr")[0].value == pytest.approx(2e-3)
+    assert len(events.Scalars("loss_train")) == 2
+    assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3, 2.5e-4])
     assert len(events.Images("validation")) == 2 and {"scatter", "test"} <= set(events.Tags()["images"])
 
 
-def test_the_best_weights_are_tested(
+def test_training_stops_early_and_the_best_weights_are_tested(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses are made to rise, so that the first validation is the best and the last weights are others."""
@@ -103,7 +105,8 @@ def test_the_best_weights_are_tested(
         return result
 
     monkeypatch.setattr(canopy, "evaluate", evaluate)
-    assert run_canopy(*SHORT, *tiles, "epochs=3").returncode == 0
+    done = run_canopy(*SHORT, *tiles, "epochs=5", "patience=2")
+    assert done.returncode == 0 and "[*] Early stopping at step 3" in done.stdout
     best, record = read_tensors(tmp_path / "models" / "best.safetensors")
     last, _ = read_tensors(tmp_path / "models" / "last.safetensors")
     assert record["step"] == 1 == json.loads((tmp_path / "metrics.json").read_text())["best_step"]
@@ -126,11 +129,52 @@ def test_a_gradient_that_is_cut_to_nothing_trains_nothing(
     assert moved[0] < 1e-5 and moved[1] > 1e-3
 
 
+def test_accumulated_batches_make_the_step_of_one_batch(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threasure_net, "ATTENTION_DROPOUT", 0.0)
+    outcomes = []
+    for flags in (["batch_size=2"], ["batch_size=1", "accumulate=2"], ["batch_size=1"]):
+        assert run_canopy(*SHORT, *tiles, "epochs=10", "t_0=10", "loss=mae+vegetation", *flags).returncode == 0
+        kept, last = (read_tensors(tmp_path / "models" / f"{name}.safetensors") for name in ("epoch_0010", "last"))
+        assert kept[1]["step"] == last[1]["step"] and all(torch.equal(kept[0][name], last[0][name]) for name in last[0])
+        outcomes.append(
+            [record["loss_val"] for record in json.loads((tmp_path / "metrics.json").read_text())["validations"]]
+        )
+    whole, accumulated, smaller = outcomes
+    assert accumulated == pytest.approx(whole, rel=5e-4) and smaller != pytest.approx(whole, rel=1e-3)
+
+
+def test_what_is_learnt_does_not_depend_on_the_other_contexts(run_canopy: Callable[..., Ended], tmp_path: Path) -> None:
+    """Statistics, weights and baselines are the same when the heights and images of validation and test are others."""
+    outcomes = []
+    for number in range(2):
+        root = write_root(tmp_path / "root", spectrum=2 * SPECTRUM)
+        for path in (root / "patches").rglob("*0440_6741.tif") if number else ():
+            with rasterio.open(path, "r+") as file:
+                file.write(file.read() + 300)
+        for path in (root / "lidar").rglob("*0441_6741*.tif") if number else ():
+            with rasterio.open(path, "r+") as file:
+                file.write(file.read() // 2)
+        flags = [f"data={root}", f"cache={tmp_path / 'cache'}", "statistics=data", "epochs=1"]
+        assert run_canopy(*SHORT, *flags).returncode == 0
+        weights, record = read_tensors(tmp_path / "models" / "last.safetensors")
+        document = json.loads((tmp_path / "metrics.json").read_text())
+        outcomes.append(
+            (weights, record["statistics"], document["data"]["sha256"], document["validations"], document["test"])
+        )
+    (weights, statistics, digests, *figures), (others, again, changed, *other_figures) = outcomes
+    assert all(torch.equal(others[name], tensor) for name, tensor in weights.items()) and statistics == again
+    assert digests["training"] == changed["training"]
+    assert digests["validation"] != changed["validation"] and digests["test"] != changed["test"]
+    assert figures[0] != other_figures[0] and figures[1] != other_figures[1]
+
+
 def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(
     run_canopy: Callable[..., Ended], tmp_path: Path
 ) -> None:
     root = write_root(tmp_path / "root")
-    shared = {"0441_6741": "training", "0450_6740": "training", "0452_6740": "validation", "0454_6740": "test"}
+    shared = {"441_6741": "training", "0450_6740": "training", "0452_6740": "validation", "0454_6740": "test"}
     write_root(root, tile="31TDM", squares=shared, seed=2)
     done = run_canopy(*SHORT, f"data={root}", f"cache={tmp_path / 'cache'}", "epochs=1")
     assert done.returncode == 0, done.stderr
@@ -147,6 +191,18 @@ def test_a_disk_that_fills_under_tensorboard_ends_in_one_sentence(
     monkeypatch.setattr(canopy, "train", fail)
     done = run_canopy(*SHORT, *tiles)
     assert done.returncode == 2 and "the disk is full; with more space, go on by" in done.stderr
+
+
+def test_what_a_reading_process_refuses_is_one_sentence(
+    run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("31TDL/0440_6740 is gone from the cache")
+
+    monkeypatch.setattr(CanopyPatches, "sample", fail)
+    done = run_canopy(*SHORT, *tiles, "workers=1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "canopy.py: 31TDL/0440_6740 is gone from the cache"
 
 
 def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
@@ -314,15 +370,15 @@ def test_presets_say_what_they_change() -> None:
     rest: dict[str, Any] = {"lidar_resolution": None, "workers": None, "precision": "32", "preset": "auto"}
     demo: dict[str, Any] = {**flags, **rest, "resolution": 5.0, "data": "demo", "lr": 0.5}
     line, *_ = canopy.settle(demo, cpu)
-    assert line.startswith("Preset demo in force; smaller and shorter") and "channels 32 (64)" in line and "lr" not in line
+    assert line.startswith("Preset demo in force; not as published") and "channels 32 (64)" in line and "lr" not in line
     assert demo["lr"] == 0.5 and demo["channels"] == 32
     real: dict[str, Any] = {**flags, **rest, "resolution": 10.0, "data": "/somewhere"}
     assert canopy.settle(real, cpu)[0] == "Preset published in force"
     assert (real["num_rdb"], real["num_dense_layers"], real["batch_size"], real["accumulate"]) == (4, 4, 32, 4)
-    assert real["clip_norm"] == 0 and demo["clip_norm"] > 0 and demo["epochs"] == 300
+    assert real["clip_norm"] == 0 and demo["clip_norm"] > 0 and demo["epochs"] == 220
     finest: dict[str, Any] = {**flags, **rest, "resolution": 2.5, "data": "demo"}
-    assert "epochs 200 (100)" in canopy.settle(finest, cpu)[0]
-    assert (finest["lr"], finest["epochs"], finest["t_0"]) == (1e-3, 200, 200)
+    assert "epochs 140 (100)" in canopy.settle(finest, cpu)[0]
+    assert (finest["epochs"], finest["t_0"]) == (140, 140)
 
 
 def test_validations_are_spread_over_epochs() -> None:

@@ -145,6 +145,12 @@ def bands_in_order(root: Path, order: tuple[str, ...]) -> None:
             lambda root: edit_table(root / TABLE, context=["training"] * 5 + ["test"] * 7),
             "square in more than one context: 0440_6740",
         ),
+        (
+            lambda root: edit_table(
+                root / TABLE, context=["training"] * 5 + ["test"] * 7, lidarhd_id=["0440_6740"] * 5 + ["440_6740"] * 7
+            ),
+            "square in more than one context: 0440_6740, 440_6740",
+        ),
     ],
 )
 def test_what_is_there_but_wrong_is_refused_by_name(root: Path, spoil: Callable[[Path], None], message: str) -> None:

@@ -1,6 +1,8 @@
 """Operation main as a user runs it: what it prints and leaves, how it resumes, how it refuses."""
 
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -15,14 +17,17 @@ import pytest
 import torch
 from conftest import DEFAULTS, PROJECT, Ended, Runner, environment
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
 from main import Run
 from models import ESTIMATORS, make_stack
+from utils.figures import scatter
 from utils.metrics import score
 from utils.runs import CHECKPOINT, read_tensors
 from utils.stacked_layers import load_network_state
-from utils.stacked_training import predict
+from utils.stacked_training import StackTraining, predict
 
 SMALL = ("dataset=demo", "num_channels=8 8 8 8", "stem_channels=8", "batch_size=64")
 SHORT = (*SMALL, "epochs=12", "warmup_epochs=2")
@@ -85,6 +90,12 @@ def test_events_go_to_the_folder_that_the_run_started_in(tmp_path: Path, monkeyp
     assert run.events.log_dir == str(tmp_path)
 
 
+def test_the_scatter_shows_every_observatory() -> None:
+    values, regions = np.arange(24.0), [f"region {number % 12}" for number in range(24)]
+    picture = scatter(values, values, regions, score(values, values), "", "")
+    assert len(picture.axes[0].collections) == 12
+
+
 def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[..., Ended], tmp_path: Path) -> None:
     assert run_main(*SHORT, "ensemble_count=2").returncode == 0
     predictions = pd.read_csv(tmp_path / "predictions.csv").set_index("yep")
@@ -101,18 +112,52 @@ def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[...,
     np.testing.assert_allclose(predict(stack, x).mean(0), predictions.loc[rows.index, "predicted"], rtol=1e-4)
 
 
-def test_scalers_and_weights_see_training_rows_only(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["ResNet18T", "Ridge"])
+def test_nothing_is_learnt_from_test_rows(run_main: Callable[..., Ended], tmp_path: Path, model: str) -> None:
+    """Scaler and weights of a fold are the same when the values of its test rows are others."""
     samples = prepare(demo_table(), "SpecRichness")
     fold = split(samples, "split_by_observatory", 42)[1]
-    assert run_main(*SHORT, "split_procedure=split_by_observatory").returncode == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert len(metrics["folds"]) == 3
-    _, record = read_tensors(tmp_path / "models" / "fold_2.safetensors")
+    keys = samples.keys["yep"].iloc[fold.test]
+    rows = demo_table().rows
+    changed = rows["yep"].isin(keys)
+    assert changed.sum() == len(fold.test) > 100
+    outcomes = []
+    for number in range(2):
+        rows.loc[changed, ["SpecRichness", *PREDICTORS]] *= 1 + number
+        rows.to_csv(tmp_path / "mine.csv", index=False)
+        flags = [f"dataset={tmp_path / 'mine.csv'}", f"model={model}", "split_procedure=split_by_observatory"]
+        assert run_main(*SHORT, *flags).returncode == 0
+        outcomes.append(
+            (*read_tensors(tmp_path / "models" / "fold_2.safetensors"), (tmp_path / "predictions.csv").read_text())
+        )
+    (weights, record, figures), (others, again, other_figures) = outcomes
+    assert all(torch.equal(others[name], tensor) for name, tensor in weights.items())
+    assert record["predictor_mean"] == again["predictor_mean"] and record["predictor_sd"] == again["predictor_sd"]
+    assert figures != other_figures
     x = samples.x[fold.train].transpose(0, 2, 1).reshape(len(fold.train), -1)
     np.testing.assert_allclose(record["predictor_mean"], x.mean(0))
     np.testing.assert_allclose(record["predictor_sd"], x.std(0))
-    predictions = pd.read_csv(tmp_path / "predictions.csv")
-    assert set(predictions.loc[predictions["fold"] == 2, "observatory"]) == set(samples.keys["explo"].iloc[fold.test])
+
+
+def test_the_rate_follows_the_schedule_and_the_best_weights_are_kept(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+    """Warm-up from 0, a cosine after it; a rate too high for the network makes some folds stop early."""
+    done = run_main(*SMALL, "epochs=45", "warmup_epochs=4", "lr=0.05")
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    folds = json.loads((tmp_path / "metrics.json").read_text())["folds"]
+    stopped = [fold for fold in folds if fold["last_epoch"] < 45]
+    assert stopped and all(
+        f"[*] Fold {f['fold']}/5: Early stopping at epoch {f['last_epoch']}" in done.stdout for f in stopped
+    )
+    for fold in folds:
+        number, last = fold["fold"], fold["last_epoch"]
+        rates = [event.value for event in events.Scalars(f"lr/fold_{number}")]
+        cosine = [0.025 * (1 + np.cos(np.pi * epoch / 45)) for epoch in range(last)]
+        assert rates == pytest.approx([0, 0.0125, 0.025, 0.0375, *cosine])
+        validations = {event.step - 4: event.value for event in events.Scalars(f"loss_val/fold_{number}")}
+        assert list(validations) == [epoch for epoch in (1, 10, 20, 30, 40) if epoch <= last]
+        assert fold["best_epoch"] == min(validations, key=lambda epoch: validations[epoch])
+        assert last == 45 or list(validations)[-3] == fold["best_epoch"]
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(
@@ -158,9 +203,15 @@ def test_every_architecture_runs_to_its_figures(run_main: Callable[..., Ended], 
     assert np.isfinite(value_of(done.stdout, "RRMSE mean"))
 
 
-def test_original_training_and_bf16_run(run_main: Callable[..., Ended]) -> None:
-    done = run_main(*SHORT, "original_training=yes", "precision=bf16")
-    assert done.returncode == 0, done.stderr
+def test_flags_change_what_is_trained(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+    def predicted(*flags: str) -> "pd.Series[float]":
+        done = run_main(*SHORT, *flags)
+        assert done.returncode == 0, done.stderr
+        return pd.read_csv(tmp_path / "predictions.csv")["predicted"]
+
+    plain = predicted()
+    for flag in ("precision=bf16", "original_training=yes", "shortcut_pooling=no", "kernel_size=3"):
+        assert (predicted(flag) - plain).abs().max() > 1e-3, flag
 
 
 # Long enough for one fold to stop early and for several checkpoints.
@@ -219,6 +270,19 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, undistur
         assert {key: a[key] for key in timeless} == {key: b[key] for key in timeless}
 
 
+def test_a_run_is_resumed_whose_last_epoch_is_not_validated(tmp_path: Path, run_script: Runner) -> None:
+    flags = [f for f in LONG if not f.startswith("epochs")] + ["epochs=25"]
+    process = start(tmp_path, *flags)
+    wait_for_epoch(process, 20)
+    time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    done = run_script("main.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "[*] Epoch: 25" in done.stdout
+    assert done.stdout.count("[*] Val loss: ") == done.stdout.count("[*] Epoch: ") - 1
+
+
 def test_a_checkpoint_is_not_continued_with_other_flags(tmp_path: Path, run_script: Runner) -> None:
     process = start(tmp_path, *LONG)
     wait_for_epoch(process, 10)
@@ -275,6 +339,32 @@ def test_wrong_flags_are_refused_in_one_sentence(
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_written_end_in_one_sentence(
+    run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code, said in (
+        (errno.EDQUOT, "the disk is full; with more space, go on by"),
+        (errno.EROFS, "Read-only file system"),
+    ):
+
+        def fail(*_: object, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        # TensorBoard's own thread fails first, then the run that next writes to it.
+        monkeypatch.setattr(RecordWriter, "write", fail)
+        done = run_main(*SHORT)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_out_of_memory_says_which_flags_to_lower(run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(StackTraining, "run_epoch", fail)
+    done = run_main(*SHORT)
+    assert done.returncode == 2 and "out of memory on cpu with 5 networks at once; lower ensemble_count" in done.stderr
 
 
 def test_a_diverging_training_says_so(run_main: Callable[..., Ended]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MARKERS = ("o", "^", "s", "D")
 
 
 def scatter(
@@ -31,9 +32,11 @@ def scatter(
 
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for colour, group in zip(COLOURS, sorted(set(groups)), strict=False):
+    for index, group in enumerate(sorted(set(groups))):
         chosen = np.array([name == group for name in groups])
-        axes.scatter(observed[chosen], predicted[chosen], s=14, alpha=0.7, color=colour, label=group, linewidths=0)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
+        style: dict[str, Any] = {"s": 14, "alpha": 0.7, "linewidths": 0, "color": colour, "marker": marker}
+        axes.scatter(observed[chosen], predicted[chosen], label=group, **style)
     low = min(observed.min(), predicted.min())
     high = max(observed.max(), predicted.max())
     margin = 0.04 * (high - low) or 1

@@ -46,17 +46,19 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def real(least: float, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
-    """A finite number from `least` (or above it, if exclusive) to below `below`."""
-    start = f"above {least:g}" if exclusive else f"of at least {least:g}"
-    expected = f"a number {start}" + (f" and below {below:g}" if math.isfinite(below) else "")
+def real(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
+    """A finite number from `least` to `most`, themselves excluded if it must lie above and below them."""
+    expected = f"a number above {least:g}" if above else f"a number of at least {least:g}"
+    if math.isfinite(most):
+        expected += f" and below {most:g}" if below else f" and at most {most:g}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
-        if not (math.isfinite(value) and least <= value < below) or (exclusive and value == least):
+        inside = least <= value <= most and math.isfinite(value)
+        if not inside or (above and value == least) or (below and value == most):
             raise argparse.ArgumentTypeError(f"{text} is not {expected}")
         return value
 

@@ -8,11 +8,12 @@ import math
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 
 CHECKPOINT = "checkpoint.safetensors"
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in PyTorch's messages
 
 
 def project_folder() -> Path:
@@ -48,7 +50,8 @@ def say(line: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the results."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    packages = ("torch", "numpy", "pandas", "scikit-learn", "sktime", "rasterio")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 @contextlib.contextmanager
@@ -128,21 +131,50 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
 
 def run_or_explain(main: Callable[[], None]) -> None:
     """Run a script's main function; a user's mistake ends in one sentence and exit code 2."""
+    threading.excepthook = _silent_about_files
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        # A reading process hands on its mistake with where it happened.
+        sentence = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        _leave(sentence.removeprefix("utils.errors.InputError: "))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _leave(f"the disk is full; with more space, go on by {how_to_resume()}")
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        print(f"{Path(sys.argv[0]).name}: the disk is full; with more space, go on by {how_to_resume()}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"{error.filename or Path.cwd()} cannot be used: {error.strerror}")
     except KeyboardInterrupt:
         print(f"\n[*] Interrupted; to go on from the last saved epoch: {how_to_resume()}", file=sys.stderr)
         sys.stderr.flush()
         # No clean-up may hold the user up: worker threads and event files are of no more use.
         os._exit(130)
+
+
+def _leave(sentence: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _silent_about_files(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread; what fails there is raised again where the run next writes to it."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(advice: str) -> Iterator[None]:
+    """A block whose want of memory ends in one sentence: out of memory, and the advice.
+
+    Raises:
+        InputError: the memory did not suffice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        raise InputError(f"out of memory {advice}") from error
 
 
 def keep_freed_memory() -> None:

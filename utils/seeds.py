@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # What a generator is for; part of its seed.
-INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS = range(5)
+INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS, WINDOWS, STATISTICS = range(7)
 
 
 def generator_for(seed: int, purpose: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
