@@ -28,6 +28,7 @@ test: $(VENV)/.test-ready
 
 # Guild 0.9.0 warns of pkg_resources at every start; its launcher, and nothing else, is told not to.
 $(VENV)/.run-ready: requirements.txt requirements.lock
+	@echo "Installing the packages into $(VENV), which takes some minutes..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements.lock
 	@sed -i '1s|\(python[0-9.]*\)$$|\1 -Wignore:pkg_resources:UserWarning|' $(BIN)/guild

@@ -6,6 +6,7 @@ from its last validation.
 """
 
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -152,7 +153,7 @@ parser.flag("num_rdb", auto_or(whole(1)), "auto", "rdn: residual dense blocks")
 parser.flag("patience", auto_or(whole(1)), "auto", "validations without a better loss that end the training")
 parser.flag("precision", one_of("auto", "32", "bf16"), "auto", "32, bf16, or auto: bf16 where the hardware multiplies it")
 parser.flag("preset", one_of("auto", *PRESETS), "auto", "what the flags at auto mean: published, demo (smaller, shorter)")
-parser.flag("resolution", number_of(*RESOLUTIONS), "5", "m, pixels of the height map: 10, 5 or 2.5")
+parser.flag("resolution", number_of(*RESOLUTIONS), 5, "m, pixels of the height map: 10, 5 or 2.5")
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
 parser.flag("statistics", one_of("auto", "published", "data"), "auto", "to standardise with; auto: data where they differ")
 parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first cycle of the learning rate")
@@ -324,6 +325,7 @@ def start_processes(flags: dict[str, Any], device: torch.device) -> "Fabric":
         raise InputError(f"batch_size={flags['batch_size']} cannot be shared evenly by {processes} processes")
     if several and flags["encoder"] == "unet":
         raise InputError("encoder=unet runs in one process: its batch norm would see only a part of the batch in several")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the precision has been told already
     fabric = Fabric(
         accelerator=device.type,
         devices=[device.index or 0] if device.type == "cuda" and not several else flags["devices"],

@@ -41,7 +41,7 @@ from utils.errors import InputError
 from utils.flags import FlagParser, one_of, real, whole, whole_list, yes_no
 from utils.metrics import Scores, score
 from utils.network_summary import summarise
-from utils.recipes import recipe_for
+from utils.recipes import OPTIMIZER_FLAGS, flags_in_use, recipe_for
 from utils.runs import (
     CHECKPOINT,
     called_from,
@@ -144,6 +144,9 @@ def main() -> None:
     splits = split(samples, flags["split_procedure"], flags["seed"])
     report_data(table, samples, splits)
 
+    idle = flags_without_effect(flags)
+    if idle:
+        say(f"Without effect on {flags['model']}: {', '.join(idle)}")
     run = Run(flags, table, samples, splits, device)
     if flags["model"] in NETWORKS:
         networks = len(splits) * flags["ensemble_count"]
@@ -154,6 +157,19 @@ def main() -> None:
         fit_estimators(run)
     report_results(run)
     Path(CHECKPOINT).unlink(missing_ok=True)
+
+
+def flags_without_effect(flags: dict[str, Any]) -> list[str]:
+    """`name=value` of flags that were set to other than their defaults and that the model does not read."""
+    model, defaults = flags["model"], parser.parse_flags([])
+    readers = {**NETWORKS, **ESTIMATORS}
+    of_some_model = {name for reader in readers.values() for name in own_flags(reader, flags)}
+    idle = (of_some_model | {*OPTIMIZER_FLAGS, "original_training"}) - own_flags(readers[model], flags).keys() - {"seed"}
+    if model in NETWORKS:
+        idle -= set(flags_in_use(model, flags))
+    else:
+        idle |= {"batch_size", "epochs", "warmup_epochs", "precision"}
+    return [f"{name}={flags[name]}" for name in sorted(idle) if flags[name] != defaults[name]]
 
 
 def load_table(dataset: str) -> Table:

@@ -311,7 +311,7 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
         acquisitions = _draw_acquisitions(squares, (seed, tile), SMALL_DATES if small else DATES)
         tasks += [Task(root, square, acquisitions) for square in squares]
     processes = min(processes or len(sched_getaffinity(0)), len(tasks))
-    made = tqdm(_make_patches(tasks, processes), "simulating squares", len(tasks), leave=False)
+    made = tqdm(_make_patches(tasks, processes), "Simulating squares...", len(tasks), leave=False)
     by_tile: dict[str, list[Rows]] = {}
     for task, rows in zip(tasks, made, strict=True):
         by_tile.setdefault(task.square.tile, []).append(rows)

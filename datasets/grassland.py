@@ -28,6 +28,7 @@ PREDICTORS = [f"{band}_{step}" for step in range(STEPS) for band in BANDS]
 KEYS = ["year", "ep", "yep", "explo"]
 SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory")
 FOLDS = 5
+COLUMNS_NAMED = 5  # most absent columns that a refusal names
 
 # Plots with trees, whose spectra are not those of grassland.
 TREE_PLOTS = [f"AEG{n:02d}" for n in (7, 9, 25, 26, 27, 47, 48)] + [f"HEG{n:02d}" for n in (9, 21, 24, 43)]
@@ -82,7 +83,8 @@ def read_table(path: Path) -> Table:
         InputError: the file is missing, cannot be read, or its columns or values are not those of a grassland table.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; an .xlsx, .csv or .parquet table is expected")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}; an .xlsx, .csv or .parquet table is expected")
     # Without its engine named, pandas would ask for other packages where a file is not what its ending says.
     excel = functools.partial(pd.read_excel, engine="openpyxl")
     readers = {".xlsx": excel, ".csv": pd.read_csv, ".parquet": pd.read_parquet}
@@ -93,7 +95,8 @@ def read_table(path: Path) -> Table:
         rows = reader(path)
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as a {path.suffix} table, it may be truncated: {reason}") from error
+        hint = "UTF-8 is expected" if isinstance(error, UnicodeDecodeError) else "it may be truncated or empty"
+        raise InputError(f"{path} cannot be read as a {path.suffix} table, {hint}: {reason}") from error
     check_table(rows, path)
     return Table(rows, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), simulated=False)
 
@@ -111,9 +114,10 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
     required = [*KEYS, *PREDICTORS]
     missing = [column for column in required if column not in rows.columns]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        named = ", ".join(map(repr, missing[:COLUMNS_NAMED]))
+        more = f" and {len(missing) - COLUMNS_NAMED} more" if len(missing) > COLUMNS_NAMED else ""
         raise InputError(
-            f"{path} has no column {missing[0]!r}{more}; expected are {', '.join(KEYS)}, a study variable "
+            f"{path} has no column {named}{more}; expected are {', '.join(KEYS)}, a study variable "
             f"and {len(PREDICTORS)} predictors {PREDICTORS[0]} to {PREDICTORS[-1]}"
         )
     for column in ["year", *PREDICTORS, *(name for name in STUDY_VARIABLES if name in rows.columns)]:

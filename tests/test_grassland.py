@@ -125,6 +125,7 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
     [
         (lambda rows: rows.drop(columns="nirb_4"), "has no column 'nirb_4'"),
         (lambda rows: rows.rename(columns={"yep": "key"}), "has no column 'yep'"),
+        (lambda rows: rows.drop(columns=PREDICTORS[:7]), "has no column 'blue_0', .*'nirb_0' and 2 more; expected are"),
         (break_text, r"row 7 \(yep .*\), column 'nir_3': 'cloudy' is not a finite number"),
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, np.inf)), "row 4 .*'red_0': 'inf' is not"),
         (lambda rows: pd.concat([rows, rows.head(1)]), "yep .* appears more than once"),
@@ -151,7 +152,7 @@ def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
     whole = tmp_path / "whole.xlsx"
     demo.rows.head(20).to_excel(whole, index=False)
     (tmp_path / "cut.xlsx").write_bytes(whole.read_bytes()[:-900])
-    with pytest.raises(InputError, match="may be truncated"):
+    with pytest.raises(InputError, match="may be truncated or empty"):
         read_table(tmp_path / "cut.xlsx")
     with zipfile.ZipFile(tmp_path / "other.xlsx", "w") as archive:
         archive.writestr("readme", "a zip file, but no workbook")
@@ -163,8 +164,13 @@ def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "cut.parquet")
+    with pytest.raises(InputError, match="is a folder; an"):
+        read_table(tmp_path)
+    demo.rows.head(20).to_csv(tmp_path / "wide.csv", encoding="utf-16", index=False)
+    with pytest.raises(InputError, match=r"cannot be read as a \.csv table, UTF-8 is expected"):
+        read_table(tmp_path / "wide.csv")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="may be truncated or empty"):
         read_table(tmp_path / "empty.csv")
 
 

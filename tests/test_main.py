@@ -20,6 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+import main
 from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
 from main import Run
 from models import ESTIMATORS, make_stack
@@ -94,6 +95,24 @@ def test_the_scatter_shows_every_observatory() -> None:
     values, regions = np.arange(24.0), [f"region {number % 12}" for number in range(24)]
     picture = scatter(values, values, regions, score(values, values), "", "")
     assert len(picture.axes[0].collections) == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["model=MLP", "lr=0.5", "kernel_size=3"], "Without effect on MLP: kernel_size=3, lr=0.5"),
+        (["model=ResNet18T", "lr=0.5", "kernel_size=3"], ""),
+        (["model=ResNet18T", "lr=0.5", "original_training=yes"], "Without effect on ResNet18T: lr=0.5"),
+        (["model=Ridge", "num_kernels=9", "epochs=7"], "Without effect on Ridge: epochs=7, num_kernels=9"),
+    ],
+)
+def test_flags_that_a_model_does_not_read_are_told(
+    run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    for name in ("train_networks", "fit_estimators", "report_results"):
+        monkeypatch.setattr(main, name, lambda _: None)
+    lines = [line for line in lines_of(run_main("dataset=demo", *flags).stdout) if "Without effect" in line]
+    assert lines == ([f"[*] {said}"] if said else [])
 
 
 def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[..., Ended], tmp_path: Path) -> None:

@@ -28,6 +28,18 @@ class Recipe(NamedTuple):
     plateau: dict[str, Any] | None = None
 
 
+PUBLISHED_RECIPES = ("MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet")
+OPTIMIZER_FLAGS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+
+
+def flags_in_use(model: str, flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """The flags that act on the recipe of a network."""
+    if model in PUBLISHED_RECIPES:
+        return ()
+    both_ways = ("original_training",) if model in ("ResNet18T", "InceptionTime") else ()
+    return both_ways if both_ways and flags["original_training"] else (*both_ways, *OPTIMIZER_FLAGS)
+
+
 def recipe_for(model: str, flags: Mapping[str, Any]) -> Recipe:
     """The recipe of an architecture; flags act only on those that train with AdamW."""
     adam = torch.optim.Adam
