@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -326,13 +327,16 @@ def start_processes(flags: dict[str, Any], device: torch.device) -> "Fabric":
     if several and flags["encoder"] == "unet":
         raise InputError("encoder=unet runs in one process: its batch norm would see only a part of the batch in several")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the precision has been told already
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" and not several else flags["devices"],
-        num_nodes=flags["num_nodes"],
-        strategy="ddp" if several else "auto",
-        precision="bf16-mixed" if flags["precision"] == "bf16" else "32-true",
-    )
+    with warnings.catch_warnings():
+        # Where Slurm is installed, Lightning advises it to every run that does not ask for it.
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" and not several else flags["devices"],
+            num_nodes=flags["num_nodes"],
+            strategy="ddp" if several else "auto",
+            precision="bf16-mixed" if flags["precision"] == "bf16" else "32-true",
+        )
     if several and not launched:
         # Fabric would start the others as it thinks this one was: as a module, which under Guild is Guild's own.
         sys.modules["__main__"].__spec__ = None

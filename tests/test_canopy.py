@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -332,6 +333,15 @@ def test_processes_must_be_as_many_as_were_launched(
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = run_canopy(*SHORT, *tiles)
     assert done.returncode == 2 and "are 1 processes, but 2 were launched" in done.stderr
+
+
+def test_a_run_without_slurm_hears_nothing_of_it_where_it_is_installed(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    done = run_canopy(*SHORT, *tiles, "epochs=1")
+    assert done.returncode == 0 and "srun" not in done.stdout + done.stderr
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(
