@@ -14,6 +14,9 @@ import pytest
 
 # As in guild.yml, before torch is imported: waiting OpenMP threads soon sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Test processes that share the cores would wait for one another's threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import main
 
