@@ -211,7 +211,7 @@ class Run:
         ]
         # Folds depend on scikit-learn's version, too.
         folds = hashlib.sha256(b"".join(ids.tobytes() for fold in splits for ids in fold)).hexdigest()
-        self.identity = {"table_sha256": table.sha256, "folds_sha256": folds, **flags}
+        self.identity = {"table_sha256": table.sha256, **flags, "folds_sha256": folds}
         self.checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))

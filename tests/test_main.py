@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -287,6 +288,28 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, undistur
     for a, b in zip(one, other, strict=True):
         timeless = {key for key in a if not key.startswith("seconds")}
         assert {key: a[key] for key in timeless} == {key: b[key] for key in timeless}
+
+
+def test_an_interrupt_that_gets_lost_ends_the_run_all_the_same() -> None:
+    """As one does that comes while the garbage collector calls back."""
+    code = """
+import time
+from utils.runs import run_or_explain
+def main():
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            pass
+run_or_explain(main)
+"""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=environment(), **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Interrupted; to go on from the last saved epoch: " in errors
 
 
 def test_a_run_is_resumed_whose_last_epoch_is_not_validated(tmp_path: Path, run_script: Runner) -> None:

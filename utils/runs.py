@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -132,6 +133,8 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
 def run_or_explain(main: Callable[[], None]) -> None:
     """Run a script's main function; a user's mistake ends in one sentence and exit code 2."""
     threading.excepthook = _silent_about_files
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except InputError as error:
@@ -145,10 +148,21 @@ def run_or_explain(main: Callable[[], None]) -> None:
             raise
         _leave(f"{error.filename or Path.cwd()} cannot be used: {error.strerror}")
     except KeyboardInterrupt:
-        print(f"\n[*] Interrupted; to go on from the last saved epoch: {how_to_resume()}", file=sys.stderr)
-        sys.stderr.flush()
-        # No clean-up may hold the user up: worker threads and event files are of no more use.
-        os._exit(130)
+        _leave_at_once()
+
+
+def _interrupt(*_: object) -> None:
+    # What is raised here is lost where Python is just in a callback of its garbage collector; then the alarm ends the run.
+    signal.signal(signal.SIGALRM, _leave_at_once)
+    signal.alarm(1)
+    raise KeyboardInterrupt
+
+
+def _leave_at_once(*_: object) -> NoReturn:
+    print(f"\n[*] Interrupted; to go on from the last saved epoch: {how_to_resume()}", file=sys.stderr)
+    sys.stderr.flush()
+    # No clean-up may hold the user up: worker threads and event files are of no more use.
+    os._exit(130)
 
 
 def _leave(sentence: str) -> NoReturn:
