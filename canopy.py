@@ -56,6 +56,7 @@ from utils.runs import (
     choose_device,
     explaining_out_of_memory,
     fast_bf16,
+    finished_before,
     keep_freed_memory,
     project_folder,
     read_tensors,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 DECIMETRES = 10.0  # a metre
 EPOCHS_BETWEEN_KEPT = 10  # a checkpoint every so many epochs stays
 BEST_KEPT = 2
+WHERE = ("workers", "devices", "num_nodes")  # flags that change where a run computes, not what
 SCENES = 3  # windows in a validation's picture
 BASELINE_SAMPLES, BASELINE_SIZE = 200, 100_000  # windows of training squares and pixels fitted, at most
 BASELINE_DRAWS = 10  # windows of a square, each with dates of its own
@@ -224,6 +226,8 @@ def main() -> None:
     keep_freed_memory()
     lines = settle(flags, device)
     net = make_network(flags, len(BANDS))  # refuses flags that do not fit before anything is loaded
+    if finished_before({name: value for name, value in flags.items() if name not in WHERE}):
+        return
     fabric = start_processes(flags, device)
     told = say if fabric.is_global_zero else silent
     for line in lines:
@@ -431,11 +435,12 @@ class Run:
         self.plain = net
         self.net, self.optimizer = fabric.setup(net, optimizer)
         self.progress = Progress()
-        where = ("workers", "devices", "num_nodes")
-        self.identity = {"data_sha256": data.digests, **{k: v for k, v in flags.items() if k not in where}}
+        self.identity = {"data_sha256": data.digests, **{k: v for k, v in flags.items() if k not in WHERE}}
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))
         self.events = SummaryWriter(str(Path.cwd()), purge_step=self.progress.step + 1) if fabric.is_global_zero else None
+        if self.events is not None and data.simulated:
+            self.events.add_text("data", "simulated tiles")
         self.pool = Pool(fabric.world_size, self._gather) if fabric.world_size > 1 else ALONE
 
     def _gather(self, tensor: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ from utils.runs import (
     choose_device,
     explaining_out_of_memory,
     fast_bf16,
+    finished_before,
     keep_freed_memory,
     project_folder,
     read_tensors,
@@ -95,10 +96,17 @@ parser.flag(
 parser.flag("precision", one_of("32", "bf16"), "32", "32 or bf16, number format of the convolutions' products")
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
 parser.flag("shortcut_pooling", yes_no, "yes", "ResNet18T: yes/no, strided shortcuts average steps instead of skipping them")
-parser.flag("split_procedure", str, SPLIT_PROCEDURES[0], "what a test fold holds", choices=SPLIT_PROCEDURES)
+parser.flag(
+    "split_procedure",
+    one_of(*SPLIT_PROCEDURES),
+    SPLIT_PROCEDURES[0],
+    f"a test fold holds whole plots or one observatory: {', '.join(SPLIT_PROCEDURES)}",
+)
 parser.flag("stem_channels", whole(1), 96, "ResNet18T: channels out of the stem")
 parser.flag("strides", whole_list(4), "1 1 2 1", "ResNet18T: stride, in time steps, of each of the 4 stages")
-parser.flag("study_var", str, STUDY_VARIABLES[0], "diversity index to predict", choices=STUDY_VARIABLES)
+parser.flag(
+    "study_var", one_of(*STUDY_VARIABLES), STUDY_VARIABLES[0], f"diversity index to predict: {', '.join(STUDY_VARIABLES)}"
+)
 parser.flag("warmup_epochs", whole(0), 150, "epochs of linearly rising learning rate before training")
 parser.flag("weight_decay", real(0), 0.001, "AdamW: decoupled weight decay")
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
@@ -131,6 +139,8 @@ def main() -> None:
     """Read, train, test, write."""
     flags = parser.parse_flags()
     device = choose_device(flags.pop("device"))
+    if finished_before(flags):
+        return
     keep_freed_memory()
     if flags["model"] in NETWORKS:
         make_stack(flags["model"], 1, len(BANDS), STEPS, flags)  # refuses flags that do not fit before anything is loaded
@@ -218,6 +228,7 @@ class Run:
         done = max((r.history[-1]["epoch"] for r in self.results.values() if r.history), default=0)
         done = max(done, self.checkpoint[1]["epochs_done"] if self.checkpoint else 0)
         self.events = SummaryWriter(str(Path.cwd()), purge_step=int(done) + 1)
+        self.events.add_text("table", table.name)
 
     def _continue(self, path: Path) -> None:
         tensors, record = read_tensors(path)
@@ -278,7 +289,7 @@ class Run:
 
 def report_data(table: Table, samples: Samples, splits: Sequence[Split]) -> None:
     """Say what the run works on."""
-    dropped = ", ".join(f"{count} {reason}" for reason, count in samples.dropped.items())
+    dropped = ", ".join(f"{reason} ({count})" for reason, count in samples.dropped.items())
     print(f"[*] Table: {table.name}, {len(samples.y)} rows used, dropped: {dropped}")
     for number, fold in enumerate(splits, start=1):
         print(
@@ -506,7 +517,9 @@ def report_results(run: Run) -> None:
         members = result.predictions.numpy().astype(np.float64)
         predicted = members.mean(0)
         scores.append(score(samples.y[test], predicted))
-        if np.ptp(predicted) == 0:
+        if np.ptp(samples.y[test]) == 0:
+            say(f"Fold {result.number}/{len(results)}: all test observations are the same, r2 is undefined")
+        elif np.ptp(predicted) == 0:
             say(f"Fold {result.number}/{len(results)}: all predictions are the same, r2 is undefined and counted as 0")
         keys = samples.keys.iloc[test]
         tables.append(

@@ -6,10 +6,9 @@ fastest within a step. The real table was published with Dieste et al., "ResNeTS
 IEEE JSTARS 2024 (Biodiversity Exploratories, BExIS accessions 30969 and 27386).
 """
 
+import csv
 import functools
 import hashlib
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ KEYS = ["year", "ep", "yep", "explo"]
 SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory")
 FOLDS = 5
 COLUMNS_NAMED = 5  # most absent columns that a refusal names
+LARGEST = float(np.finfo(np.float32).max)  # networks compute in single precision
 
 # Plots with trees, whose spectra are not those of grassland.
 TREE_PLOTS = [f"AEG{n:02d}" for n in (7, 9, 25, 26, 27, 47, 48)] + [f"HEG{n:02d}" for n in (9, 21, 24, 43)]
@@ -84,7 +84,10 @@ def read_table(path: Path) -> Table:
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {what}; an .xlsx, .csv or .parquet table is expected")
+        raise InputError(
+            f"{path} {what}; an .xlsx, .csv or .parquet table is expected, a relative path counts from where the command is "
+            f"given"
+        )
     # Without its engine named, pandas would ask for other packages where a file is not what its ending says.
     excel = functools.partial(pd.read_excel, engine="openpyxl")
     readers = {".xlsx": excel, ".csv": pd.read_csv, ".parquet": pd.read_parquet}
@@ -92,13 +95,33 @@ def read_table(path: Path) -> Table:
     if reader is None:
         raise InputError(f"{path} has the ending {path.suffix!r}; .xlsx, .csv or .parquet is expected")
     try:
+        if path.suffix.lower() == ".csv":
+            _refuse_short_lines(path)
         rows = reader(path)
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may fail anywhere in what reads it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = "UTF-8 is expected" if isinstance(error, UnicodeDecodeError) else "it may be truncated or empty"
         raise InputError(f"{path} cannot be read as a {path.suffix} table, {hint}: {reason}") from error
     check_table(rows, path)
     return Table(rows, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), simulated=False)
+
+
+def _refuse_short_lines(path: Path) -> None:
+    """Refuse a csv with a line of too few fields, which pandas would fill with missing values.
+
+    Raises:
+        InputError: there is one, as where the file was cut.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file)
+        header = next(lines, [])
+        for fields in lines:
+            if 0 < len(fields) < len(header):
+                raise InputError(
+                    f"{path}, line {lines.line_num} has {len(fields)} of {len(header)} fields; the file may be truncated"
+                )
 
 
 def check_table(rows: pd.DataFrame, path: Path) -> None:
@@ -107,7 +130,8 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
     Missing values pass: rows that have one are dropped later and counted.
 
     Raises:
-        InputError: the columns are not told apart, one is absent, a value is text or infinite, or a key appears twice.
+        InputError: the columns are not told apart, one is absent or there twice, a value is text, infinite or too large,
+            or a key appears twice.
     """
     if len(rows.columns) == 1 and ";" in str(rows.columns[0]):
         raise InputError(f"{path} is separated by semicolons; commas are expected, and points in numbers")
@@ -120,15 +144,20 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
             f"{path} has no column {named}{more}; expected are {', '.join(KEYS)}, a study variable "
             f"and {len(PREDICTORS)} predictors {PREDICTORS[0]} to {PREDICTORS[-1]}"
         )
-    for column in ["year", *PREDICTORS, *(name for name in STUDY_VARIABLES if name in rows.columns)]:
+    present = [*required, *(name for name in STUDY_VARIABLES if name in rows.columns)]
+    for column in present:
+        if f"{column}.1" in rows.columns:  # what pandas calls the second one
+            raise InputError(f"{path} has the column {column!r} more than once")
+    for column in (name for name in present if name not in ("ep", "yep", "explo")):
         numbers = pd.to_numeric(rows[column], errors="coerce")
-        wrong = (numbers.isna() & rows[column].notna()) | np.isinf(numbers)
+        wrong = (numbers.isna() & rows[column].notna()) | (numbers.abs() > LARGEST)
         if wrong.any():
             position = int(np.flatnonzero(wrong)[0])
+            large = np.isfinite(numbers.iloc[position])
             # A spreadsheet's first data row is row 2.
             raise InputError(
                 f"{path}, row {position + 2} (yep {rows['yep'].iloc[position]}), column {column!r}: "
-                f"'{rows[column].iloc[position]}' is not a finite number"
+                f"'{rows[column].iloc[position]}' is not a finite number{' of single precision' if large else ''}"
             )
     repeated = np.flatnonzero(rows["yep"].astype(str).duplicated() & rows["yep"].notna())
     if len(repeated):
@@ -182,7 +211,7 @@ def split(samples: Samples, procedure: str, seed: int) -> list[Split]:
     ids = np.arange(len(plots), dtype=np.int64)
     if procedure == "split_by_plot":
         if len(np.unique(plots)) < FOLDS:
-            raise InputError(f"the table has {len(np.unique(plots))} plots; split_by_plot needs at least {FOLDS}")
+            raise InputError(f"plots in the table: {len(np.unique(plots))}; split_by_plot needs at least {FOLDS}")
         outer = list(GroupKFold(FOLDS).split(ids, groups=plots))
     else:
         names = list(dict.fromkeys(observatories))
@@ -192,15 +221,15 @@ def split(samples: Samples, procedure: str, seed: int) -> list[Split]:
     folds = []
     for number, (rest, test) in enumerate(outer, start=1):
         if len(np.unique(plots[rest])) < 2:
-            raise InputError(f"fold {number} has {len(np.unique(plots[rest]))} plots to train and validate on; 2 are needed")
+            raise InputError(f"fold {number}: plots to train and validate on: {len(np.unique(plots[rest]))}; 2 are needed")
         inner = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=seed)
         train, validation = next(inner.split(rest, groups=plots[rest]))
         fold = Split(rest[train], rest[validation], test)
         targets = samples.y[fold.train]
         if len(targets) < 2 or np.ptp(targets) == 0:
             raise InputError(
-                f"fold {number} has {len(targets)} training rows with {len(np.unique(targets))} different target "
-                f"values; a varying target is needed"
+                f"fold {number}: training rows: {len(targets)}, different target values among them: "
+                f"{len(np.unique(targets))}; a varying target is needed"
             )
         folds.append(fold)
     return folds

@@ -130,6 +130,8 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, np.inf)), "row 4 .*'red_0': 'inf' is not"),
         (lambda rows: pd.concat([rows, rows.head(1)]), "yep .* appears more than once"),
         (lambda rows: rows.assign(year="in 2018"), "row 2 .*column 'year': 'in 2018' is not"),
+        (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, 1e300)), "row 4 .* finite number of single"),
+        (lambda rows: pd.concat([rows, rows["red_0"]], axis=1), "has the column 'red_0' more than once"),
     ],
 )
 def test_a_broken_table_is_refused_in_one_sentence(demo: Table, tmp_path: Path, broken: object, said: str) -> None:
@@ -161,6 +163,20 @@ def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
     (tmp_path / "old.xlsx").write_bytes(bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600))  # .xls, or protected by a password
     with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "old.xlsx")
+    content = bytearray(whole.read_bytes())
+    with zipfile.ZipFile(whole) as archive:
+        sheet = archive.getinfo("xl/worksheets/sheet1.xml").header_offset
+    for seed in range(10):
+        damaged = content.copy()
+        start = sheet + 200 + int(np.random.default_rng(seed).integers(5000))
+        damaged[start : start + 40] = bytes(40)
+        (tmp_path / "damaged.xlsx").write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read"):
+            read_table(tmp_path / "damaged.xlsx")
+    text = demo.rows.head(20).to_csv(index=False)
+    (tmp_path / "cut.csv").write_text(text[: len(text) * 3 // 4])
+    with pytest.raises(InputError, match=r"line 16 has \d+ of 167 fields; the file may be truncated"):
+        read_table(tmp_path / "cut.csv")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "cut.parquet")
@@ -183,7 +199,7 @@ def test_a_table_separated_by_semicolons_is_named_as_such(demo: Table, tmp_path:
 
 def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     few = demo.rows[demo.rows["ep"].isin(["AEG01", "AEG02", "HEG01"])]
-    with pytest.raises(InputError, match=f"3 plots; split_by_plot needs at least {FOLDS}"):
+    with pytest.raises(InputError, match=f"plots in the table: 3; split_by_plot needs at least {FOLDS}"):
         split(prepare(with_rows(demo, few), "Shannon"), "split_by_plot", 42)
     one = demo.rows[demo.rows["explo"] == "ALB"]
     with pytest.raises(InputError, match=r"one observatory \(ALB\)"):

@@ -74,7 +74,7 @@ def test_guild_help_explains_every_flag(guild: Callable[..., subprocess.Complete
     for name in ("study_var", "warmup_epochs", "dataset", "precision"):
         assert name in said
     assert re.search(r"^ +seed ", said, re.MULTILINE) and not re.search(r"^ +(device|cache) ", said, re.MULTILINE)
-    assert "Choices:" in said
+    assert re.search(r"SpecRichness,\s+Shannon,\s+Simpson", said)
 
 
 def test_a_batch_file_runs_its_rows(guild: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -178,6 +178,16 @@ def test_restart_goes_on_where_a_killed_run_stopped(
     assert "Resuming after epoch" in done.stdout
     finished = next(row for row in compared(guild) if row["run"] == cut["run"])
     assert finished["status"] == "completed" and finished["r2_mean"]
+
+    (folder,) = set(home.glob("runs/*")) - before
+    figures = (folder / "metrics.json").read_bytes()
+    again = guild("run", "--yes", "--restart", cut["run"])
+    assert again.returncode == 0 and "This run is complete" in again.stdout
+    kept = next(row for row in compared(guild) if row["run"] == cut["run"])
+    assert kept["status"] == "completed" and kept["r2_mean"] == finished["r2_mean"]
+    other = guild("run", "--yes", "--restart", cut["run"], "epochs=70")
+    assert other.returncode == 2 and "epochs=60, but epochs=70 was given" in other.stderr
+    assert (folder / "metrics.json").read_bytes() == figures
 
 
 def test_the_operation_declares_what_it_prints() -> None:

@@ -225,7 +225,7 @@ def test_every_architecture_runs_to_its_figures(run_main: Callable[..., Ended], 
 
 def test_flags_change_what_is_trained(run_main: Callable[..., Ended], tmp_path: Path) -> None:
     def predicted(*flags: str) -> "pd.Series[float]":
-        done = run_main(*SHORT, *flags)
+        done = run_main(*SMALL, "epochs=2", "warmup_epochs=0", *flags)
         assert done.returncode == 0, done.stderr
         return pd.read_csv(tmp_path / "predictions.csv")["predicted"]
 
@@ -261,6 +261,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return folder
+
+
+def test_a_network_learns_the_simulated_table(undisturbed: Path) -> None:
+    assert 0.4 < json.loads((undisturbed / "metrics.json").read_text())["summary"]["r2_mean"] < 0.8
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
@@ -333,7 +337,7 @@ def test_a_checkpoint_is_not_continued_with_other_flags(tmp_path: Path, run_scri
     process.communicate()
     done = run_script("main.py", *LONG, "seed=7")
     assert done.returncode == 2
-    assert "continues a run with seed=42, but seed=7 was given" in done.stderr
+    assert "is of a run with seed=42, but seed=7 was given; go on with the former" in done.stderr
 
 
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_script: Runner, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,9 @@ def test_the_worked_example_of_an_architecture_trains(
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     assert sum(bool(line.strip()) for line in code.splitlines()) < 20
+    ruff = [str(Path(sys.executable).parent / "ruff"), "check", "--stdin-filename", "models/one_conv.py", "-"]
+    linted = subprocess.run(ruff, input=code, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert linted.returncode == 0, linted.stdout
     monkeypatch.setitem(models.NETWORKS, "OneConv", namespace["OneConv"])
     try:
         importlib.reload(main)

@@ -114,11 +114,9 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
         self.types: dict[str, Callable[[str], Any]] = {}
 
-    def flag(
-        self, name: str, type: Callable[[str], Any], default: object, help: str, choices: Sequence[str] | None = None
-    ) -> None:
+    def flag(self, name: str, type: Callable[[str], Any], default: object, help: str) -> None:
         """Declare a flag; its value is `type(text)`."""
-        self.add_argument(f"--{name}", default=default, help=help, choices=choices, metavar=None if choices else "")
+        self.add_argument(f"--{name}", default=default, help=help, metavar="")
         self.types[name] = type
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:

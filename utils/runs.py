@@ -125,9 +125,23 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
     for name, value in json.loads(json.dumps(now)).items():
         if before.get(name) != value:
             raise InputError(
-                f"{path} continues a run with {name}={before.get(name)}, but {name}={value} was given; "
-                f"start a new run for other settings"
+                f"{path} is of a run with {name}={before.get(name)}, but {name}={value} was given; go on with the former, "
+                f"or start a new run"
             )
+
+
+def finished_before(flags: Mapping[str, Any]) -> bool:
+    """Whether this is a Guild run that has its figures already; says so.
+
+    Raises:
+        InputError: it has those of other flags.
+    """
+    path = Path("metrics.json")
+    if "RUN_ID" not in os.environ or not path.exists():
+        return False
+    refuse_other_flags(path.absolute(), json.loads(path.read_text(encoding="utf-8"))["flags"], flags)
+    say("This run is complete and its figures stay as they are; a new run trains again")
+    return True
 
 
 def run_or_explain(main: Callable[[], None]) -> None:
