@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets.canopy_cache import cache_patches, content_digest
-from datasets.canopy_catalogue import CHOICES, NODATA, RESOLUTIONS, Patch, read_catalogue, select
+from datasets.canopy_catalogue import NODATA, RESOLUTIONS, Patch, read_catalogue, select
 from datasets.canopy_tiles import (
     ANGLE_CHANNELS,
     BANDS,
@@ -49,7 +49,7 @@ from utils.canopy_losses import ALONE, LOSSES, Pool, canopy_loss
 from utils.canopy_metrics import CanopyScores, class_names
 from utils.errors import InputError
 from utils.figures import as_image, save_png
-from utils.flags import FlagParser, auto_or, number_of, one_of, real, whole
+from utils.flags import FlagParser, auto_or, auto_yes_no, number_of, one_of, real, whole
 from utils.runs import (
     CHECKPOINT,
     called_from,
@@ -113,23 +113,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "channels": 32,
         "lr": 1e-3,
         "clip_norm": 0.3,
-        "t_0": 220,
+        "t_0": 140,
         "t_mult": 1,
         "decay_factor": 0.25,
-        "epochs": 220,
+        "epochs": 140,
         "patience": 10,
         "validations_per_epoch": 0.05,
     },
 }
-# What is different at a resolution; the demo's finest network takes fewer steps, for each has more pixels.
+# What is different at a resolution.
 PRESETS_AT: dict[tuple[str, float], dict[str, Any]] = {
     ("published", 10.0): {"num_rdb": 4, "num_dense_layers": 4},
-    ("demo", 2.5): {"epochs": 140, "t_0": 140},
 }
 
 parser = FlagParser(prog="canopy.py", description=__doc__)
 parser.flag("accumulate", auto_or(whole(1)), "auto", "batches whose gradients make one step of the optimiser")
-parser.flag("angles", one_of(*CHOICES), "auto", "auto/yes/no, sun and view angles as six more channels; auto: where there")
+parser.flag("angles", auto_yes_no, "auto", "auto/yes/no, sun and view angles as six more channels; auto: where there")
 parser.flag("batch_size", auto_or(whole(1)), "auto", "windows of a batch, over all devices")
 parser.flag("channels", auto_or(whole(1)), "auto", "feature channels of the network")
 parser.flag(
@@ -144,7 +143,7 @@ parser.flag("growth_channels", auto_or(whole(1)), "auto", "channels that each de
 parser.flag("lidar_resolution", real(0, above=True), 1, "m, pixels of the LiDAR files")
 parser.flag("loss", one_of(*LOSSES), LOSSES[0], f"sum of terms: {', '.join(LOSSES)}")
 parser.flag("lr", auto_or(real(0)), "auto", "Adam: learning rate at the first peak")
-parser.flag("mask", one_of(*CHOICES), "auto", "auto/yes/no, the files' masks of tall vegetation; auto: where there")
+parser.flag("mask", auto_yes_no, "auto", "auto/yes/no, the files' masks of tall vegetation; auto: where there")
 parser.flag("max_dates", auto_or(whole(1)), "auto", "most images of a sample")
 parser.flag("max_masked", real(0, 100), 50, "percent, most cloud-masked pixels of an image")
 parser.flag("min_dates", whole(1), 5, "least images of a square")
@@ -163,7 +162,7 @@ parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first cycle of the 
 parser.flag("t_mult", auto_or(whole(1)), "auto", "length of a cycle over the one before")
 parser.flag("tiles", str, "all", "names of tiles, separated by spaces or commas, or all")
 parser.flag("upsampling", one_of(*UPSAMPLINGS), UPSAMPLINGS[0], f"to the finer grid by {' or '.join(UPSAMPLINGS)}")
-parser.flag("validations_per_epoch", auto_or(real(0, above=True)), "auto", "below 1, one every so many epochs")
+parser.flag("validations_per_epoch", auto_or(real(0, above=True)), "auto", "0.05: one every 20 epochs")
 parser.flag("weight_no_vegetation", real(0), 0.1, "weight of pixels without tall vegetation in the loss of heights")
 parser.flag("window", auto_or(whole(8)), "auto", "side of a sample in image pixels of 10 m")
 parser.flag("workers", auto_or(whole(0)), "auto", "reading processes of each device; auto: 0 on a CPU, 4 on a GPU")
@@ -186,6 +185,7 @@ class Data(NamedTuple):
         statistics: of the standardisation.
         crs: the grid of each tile.
         with_angles: whether angles are channels.
+        with_mask: whether the files' masks of tall vegetation are in use.
         digests: sha256 of the content behind the samples of each context.
         simulated: whether the tiles are.
     """
@@ -196,6 +196,7 @@ class Data(NamedTuple):
     statistics: Statistics
     crs: dict[str, CRS]
     with_angles: bool
+    with_mask: bool
     digests: dict[str, str]
     simulated: bool
 
@@ -381,6 +382,8 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
     told(f"Data: {root}{' (simulated)' if simulated else ''}")
     for finding in catalogue.findings:
         told(str(finding))
+    angles, masks = ("in use" if used else "not in use" for used in (catalogue.with_angles, catalogue.with_mask))
+    told(f"Sun and view angles: {angles}; masks of tall vegetation: {masks}")
     limits = {name: flags[name] for name in ("max_masked", "min_valid", "min_vegetation", "min_dates")}
     folder = called_from() / cache if cache else project_folder() / "data" / "canopy_cache"
     chosen: dict[str, list[Patch]] = {}
@@ -410,6 +413,9 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         context: CanopyPatches(list(islice(cached, len(patches))), training=context == "training", **sizes, **grid)
         for context, patches in chosen.items()
     }
+    for context, one in samples.items():
+        if not one.any_vegetation():
+            raise InputError(f"{root}: no square for {context} has a height above 0 outside its mask where it is looked at")
     statistics = find_statistics(samples["training"].patches, flags["statistics"], flags["lidar_resolution"], flags["seed"])
     told(f"Statistics of the standardisation: {statistics.source}")
     return Data(
@@ -417,6 +423,7 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         statistics=statistics,
         crs=catalogue.crs,
         with_angles=catalogue.with_angles,
+        with_mask=catalogue.with_mask,
         digests={context: content_digest(one.patches) for context, one in samples.items()},
         simulated=simulated,
     )
@@ -493,6 +500,7 @@ class Run:
             "step": self.progress.step,
             "bands": BANDS,
             "angles": self.data.with_angles,
+            "mask": self.data.with_mask,
             "margin": self.margin,
             "resolution": self.flags["resolution"],
             "statistics": asdict(self.data.statistics),
@@ -773,7 +781,6 @@ def validate(run: Run, loss_train: float) -> None:
     if run.fabric.is_global_zero:
         if progress.step in (step for _, step in progress.best):
             run.write_weights(weights_of(progress.step))
-        run.save()
         number = len(progress.validations)
         title = f"validation {number}, step {progress.step}, {flags['resolution']:g} m{run.note}"
         picture = canopy_figures.scenes(result.scenes, title)
@@ -783,6 +790,7 @@ def validate(run: Run, loss_train: float) -> None:
         for name in ("loss_val", "mae", "rmse", "bias", "r2", "iou"):
             run.events.add_scalar(f"validation/{name}", record[name], progress.step)
         run.events.flush()
+        run.save()
     run.told(f"Step: {progress.step}")
     run.told(f"Train loss: {loss_train:.4f}{run.note}")
     run.told(f"Val loss: {result.loss:.4f} - MAE {total['mae']:.2f} m, RMSE {total['rmse']:.2f} m{run.note}")
@@ -814,7 +822,13 @@ def report_test(run: Run, params: int) -> None:
     write_pictures(run, result)
     document = {
         "flags": flags,
-        "data": {"sha256": run.data.digests, "simulated": bool(run.note), "statistics": asdict(run.data.statistics)},
+        "data": {
+            "sha256": run.data.digests,
+            "simulated": bool(run.note),
+            "angles": run.data.with_angles,
+            "mask": run.data.with_mask,
+            "statistics": asdict(run.data.statistics),
+        },
         "squares": {name: len(getattr(run.data, name)) for name in ("training", "validation", "test")},
         "units": "metres; mape a fraction, gradient_difference m2, fine_structure_percent %",
         "test": result.scores,

@@ -162,7 +162,12 @@ def _missing(patches: Sequence[Patch], cached: Sequence[CachedPatch]) -> list[tu
 
 
 def _is_whole(array: str) -> bool:
-    return Path(array).exists() and Path(array).with_suffix(DIGEST).exists()
+    """Whether an array is there, as long as its header says."""
+    try:
+        np.load(array, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return Path(array).with_suffix(DIGEST).exists()
 
 
 def _size(patch: Patch, resolution: float) -> int:

@@ -363,6 +363,8 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     missing = [column for column in columns if column not in rows.columns]
     if missing:
         raise InputError(f"{path} has no column {', '.join(missing)}; expected are {_listed(columns)}")
+    if rows.empty:
+        raise InputError(f"{path} has no rows")
     return rows[list(columns)].reset_index(drop=True)
 
 
@@ -370,7 +372,7 @@ def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list
     """The rows of a tile's table that can be used, with paths below the root."""
     path = root / "patches" / tile / f"{tile}.parquet"
     table = _read_table(path, PATCH_COLUMNS)
-    patch, image = table["lidarhd_id"].astype(str), _with_suffix(table["image_name"])
+    patch, image = _text(table["lidarhd_id"]), _with_suffix(table["image_name"])
     rows = pd.DataFrame(
         {
             "tile": tile,
@@ -389,7 +391,8 @@ def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list
     _note(findings, f"{path.name}: square in more than one context", patch[kinds > 1].unique(), refused=True)
     several = rows.groupby("patch")[["lidar", "lidar_date"]].transform("nunique").max(axis=1) > 1
     for unusable, names, what in (
-        (~patch.map(lambda name: re.fullmatch(r"\d+_\d+", name) is not None), patch, "lidarhd_id not <km>_<km>"),
+        (rows[["patch", "image", "lidar"]].isna().any(axis=1), patch, "lidarhd_id, image_name or lidar_name missing"),
+        (~patch.map(lambda name: re.fullmatch(r"\d+_\d+", str(name)) is not None), patch, "lidarhd_id not <km>_<km>"),
         (~rows["context"].isin(CONTEXTS), rows["context"], f"context not one of {_listed(CONTEXTS)}"),
         (rows["lidar_date"].isna(), patch, "lidar_date that is no date"),
         (rows["date"].isna(), image, "s2_date that is no date"),
@@ -407,6 +410,8 @@ def _join_angles(root: Path, tile: str, rows: pd.DataFrame, findings: list[Findi
     path = root / "angles" / f"{tile}.csv"
     table = _read_table(path, ANGLE_COLUMNS)
     angles = table[list(ANGLES)].apply(pd.to_numeric, errors="coerce")
+    for name in ANGLES:
+        angles[name] = angles[name].where(angles[name].between(*((0, 90) if "zenith" in name else (-360, 360))))
     angles["image"] = f"patches/{tile}/" + table["patch_id"].astype(str) + "/" + _with_suffix(table["image_name"])
     repeated = angles.duplicated("image")
     _note(findings, f"{path.name}: row that repeats an image, left out", angles["image"][repeated])
@@ -524,7 +529,12 @@ def _dates(values: pd.Series) -> pd.Series:
 
 def _with_suffix(names: pd.Series) -> pd.Series:
     """File names with .tif, which some tables leave out."""
-    return names.astype(str).str.removesuffix(".tif") + ".tif"
+    return _text(names).str.removesuffix(".tif") + ".tif"
+
+
+def _text(values: pd.Series) -> pd.Series:
+    """Values as text, missing where they are."""
+    return values.astype(str).where(values.notna())
 
 
 def _paths(root: Path, files: Iterable[str]) -> list[Path]:

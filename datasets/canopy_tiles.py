@@ -167,6 +167,12 @@ class CanopyPatches(Dataset[Sample]):
         """The sample of (index, epoch): a sampler yields pairs, so that workers that persist know the epoch."""
         return self.sample(*key)
 
+    def any_vegetation(self) -> bool:
+        """Whether some square has tall vegetation: anywhere in training, else in its central window."""
+        if self.training:
+            return any((np.load(patch.reference, mmap_mode="r")[1] == 0).any() for patch in self.patches)
+        return any(not self.sample(index, 0).no_vegetation.all() for index in range(len(self)))
+
     def sample(self, index: int, epoch: int) -> Sample:
         """Read one sample.
 

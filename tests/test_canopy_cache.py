@@ -97,6 +97,15 @@ def test_a_changed_source_is_read_again(fixed: Fixed, source: str) -> None:
     assert Path(after.images).exists() and Path(after.reference).exists()
 
 
+@pytest.mark.parametrize("array", ["images", "reference"])
+def test_a_truncated_array_is_made_anew(fixed: Fixed, array: str) -> None:
+    path = Path(getattr(fill(fixed), array))
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
+    fill(fixed)
+    assert path.read_bytes() == content
+
+
 def test_another_choice_of_images_is_read_anew(fixed: Fixed) -> None:
     patch = fixed.patch
     fewer = Patch(**{**vars(patch), "images": patch.images[1:], "dates": patch.dates[1:]})

@@ -102,6 +102,18 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(root: Path) -> None:
         read_catalogue(root, resolution=5.0)
 
 
+def test_rows_without_names_are_left_out_and_counted(root: Path) -> None:
+    rows = pd.read_parquet(root / TABLE).astype({"image_name": object, "lidar_name": object, "lidarhd_id": object})
+    for place, column in enumerate(("image_name", "lidar_name", "lidarhd_id")):
+        rows.loc[place, column] = None
+    rows.to_parquet(root / TABLE)
+    found = findings(read_catalogue(root, resolution=5.0))
+    assert found["30TXT.parquet: lidarhd_id, image_name or lidar_name missing, row left out"] == 3
+    rows.iloc[:0].to_parquet(root / TABLE)
+    with pytest.raises(InputError, match=r"30TXT.parquet has no rows"):
+        read_catalogue(root, resolution=5.0)
+
+
 @pytest.mark.parametrize("values", [["20240210"], [20240210], [pd.Timestamp("2024-02-10")], ["2024-02-10T10:50:00Z"]])
 def test_dates_may_be_text_numbers_or_times(root: Path, values: list[object]) -> None:
     edit_table(root / TABLE, s2_date=values * 12)
@@ -238,12 +250,13 @@ def test_the_published_selection(root: Path) -> None:
         select(catalogue, "validation")
 
 
-def test_images_without_a_view_zenith_are_left_out_where_angles_are_in_use(root: Path) -> None:
+def test_images_without_angles_that_can_be_are_left_out_where_angles_are_in_use(root: Path) -> None:
     angles = pd.read_csv(root / ANGLES)
     angles.loc[0, "view_zenith"] = np.nan
+    angles.loc[2, "view_zenith"], angles.loc[3, "sun_azimuth"] = -9999, np.inf
     angles.drop(index=1).to_csv(root / ANGLES)
-    patches, dropped = select(read_catalogue(root, resolution=5.0), "training", min_dates=4)
-    assert dropped == {"images without sun or view angles": 2} and len(patches[0].images) == 4
+    patches, dropped = select(read_catalogue(root, resolution=5.0), "training", min_dates=2)
+    assert dropped == {"images without sun or view angles": 4} and len(patches[0].images) == 2
     assert len(select(read_catalogue(root, resolution=5.0, angles="no"), "training").patches[0].images) == 6
 
 

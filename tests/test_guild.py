@@ -145,12 +145,11 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
         assert "unsupported flag type" not in done.stderr
         return done.stdout
 
-    flags = [
-        f"{name}={value}"
-        for name, value in (SHORT_CANOPY | {"data": str(small_tiles), "angles": "no", "devices": "2"}).items()
-    ]
-    call("run", "--yes", "canopy", "resolution=10", *flags)
-    (row,) = csv.DictReader(io.StringIO(call("compare", "--csv", "-")))
+    flags = [f"{name}={value}" for name, value in (SHORT_CANOPY | {"data": str(small_tiles), "devices": "2"}).items()]
+    # Guild hands on a plain `no` of a batch file otherwise than one of the command line.
+    (tmp_path / "rows.csv").write_text("resolution,angles\n10,no\n")
+    call("run", "--yes", "canopy", f"@{tmp_path / 'rows.csv'}", *flags)
+    row, *_ = csv.DictReader(io.StringIO(call("compare", "--csv", "-")))
     columns = ["resolution", "data", "preset", "loss", "mae", "rmse", "bias", "r2", "iou", "params", "time_train"]
     assert [name for name in row if name in columns] == columns
     assert row["status"] == "completed" and float(row["mae"]) > 0 and row["loss"] == "patch_mae+gradient+vegetation"

@@ -48,6 +48,7 @@ def true_colour(image: NDArray[np.float32]) -> NDArray[np.float32]:
 def scenes(windows: list[Scene], title: str) -> "Figure":
     """A row a window: image in true colour, reference, prediction and error, with colour bars and scale in metres."""
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import Normal, withStroke
 
     figure = Figure(figsize=(13, 3.1 * len(windows) + 0.5), dpi=100, layout="constrained")
     grid = figure.subplots(len(windows), 4, squeeze=False)
@@ -59,8 +60,10 @@ def scenes(windows: list[Scene], title: str) -> "Figure":
         row[0].set_ylabel(window.name, fontsize=9)
         bar = next((length for length in BARS if length < columns / 2), BARS[-1])
         start, low = 0.05 * columns, 0.95 * rows
-        row[0].plot([start, start + bar], [low, low], color="white", linewidth=3)
-        row[0].text(start + bar / 2, low - 0.03 * rows, f"{bar:g} m", color="white", ha="center", fontsize=8)
+        dark_rim = [withStroke(linewidth=2, foreground="black")]  # legible over bright ground
+        row[0].plot([start, start + bar], [low, low], color="white", linewidth=3, path_effects=[*dark_rim, Normal()])
+        label = {"color": "white", "ha": "center", "fontsize": 8, "path_effects": dark_rim}
+        row[0].text(start + bar / 2, low - 0.03 * rows, f"{bar:g} m", **label)
         for axes, heights in ((row[1], window.reference), (row[2], window.prediction)):
             shown = axes.imshow(heights, extent=extent, cmap="viridis", vmin=0, vmax=TALLEST, interpolation="nearest")
         figure.colorbar(shown, ax=row[1:3], label="height (m)", extend="max", fraction=0.05)

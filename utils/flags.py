@@ -7,13 +7,23 @@ from typing import Any, NoReturn
 
 
 def yes_no(text: str) -> bool:
-    """Yes, true and 1 are true; no, false and 0 are false."""
+    """Yes, true and 1 are true; no, false, 0 and nothing, as Guild hands on a plain `no` of a batch file, are false."""
     lowered = text.strip().lower()
     if lowered in ("yes", "true", "1"):
         return True
-    if lowered in ("no", "false", "0"):
+    if lowered in ("no", "false", "0", ""):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no (yes/no/true/false/1/0)")
+
+
+def auto_yes_no(text: str) -> str:
+    """`auto`, or `yes` or `no` for what `yes_no` accepts."""
+    if text == "auto":
+        return text
+    try:
+        return "yes" if yes_no(text) else "no"
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, yes, no") from None
 
 
 def one_of(*names: str) -> Callable[[str], str]:

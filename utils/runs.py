@@ -51,7 +51,7 @@ def say(line: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the results."""
-    packages = ("torch", "numpy", "pandas", "scikit-learn", "sktime", "rasterio")
+    packages = ("torch", "numpy", "pandas", "scikit-learn", "sktime", "rasterio", "lightning-fabric", "torchmetrics")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
@@ -137,7 +137,7 @@ def finished_before(flags: Mapping[str, Any]) -> bool:
         InputError: it has those of other flags.
     """
     path = Path("metrics.json")
-    if "RUN_ID" not in os.environ or not path.exists():
+    if "RUN_ID" not in os.environ or not path.exists() or Path(CHECKPOINT).exists():
         return False
     refuse_other_flags(path.absolute(), json.loads(path.read_text(encoding="utf-8"))["flags"], flags)
     say("This run is complete and its figures stay as they are; a new run trains again")
