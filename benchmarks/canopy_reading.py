@@ -8,6 +8,7 @@ which is not counted, so the figures are those of opening, decoding and copying,
 """
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
@@ -81,6 +82,7 @@ def main() -> None:
         print(f"{len(patches)} patches, {dates:.1f} images a sample; cache filled in {built:.1f} s")
         ways = {"GeoTIFFs a sample": (len(numbers), from_files), "cache": (len(numbers), from_cache)}
         compare_rates(ways, arguments.rounds, "samples")
+    print(f"peak resident memory: {1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":
