@@ -24,7 +24,7 @@ test: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Guild 0.9.0 warns of pkg_resources at every start; its launcher, and nothing else, is told not to.
 $(VENV)/.run-ready: requirements.txt requirements.lock

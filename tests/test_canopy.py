@@ -285,7 +285,7 @@ def test_two_processes_end_where_one_ends(run_script: Runner, tiles: list[str], 
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        flags = [*tiles, f"devices={devices}", "epochs=4"]
+        flags = [*tiles, f"devices={devices}"]
         done = run_script("canopy.py", *SHORT, *flags, cwd=folder)
         assert done.returncode == 0, done.stderr
         document = json.loads((folder / "metrics.json").read_text())

@@ -358,8 +358,8 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
     ("flags", "said"),
     [
         (["model=VGG"], "model: 'VGG' is not one of MLP, BiLSTM"),
-        (["study_var=Evenness"], "invalid choice: 'Evenness'"),
-        (["split_procedure=random"], "invalid choice: 'random'"),
+        (["study_var=Evenness"], "study_var: 'Evenness' is not one of SpecRichness, Shannon, Simpson"),
+        (["split_procedure=random"], "split_procedure: 'random' is not one of split_by_plot"),
         (["strides=1 2"], "strides: '1 2' has 2 numbers"),
         (["num_channels=64 64 64 wide"], "num_channels: '64 64 64 wide' is not 4 whole numbers"),
         (["shortcut_pooling=maybe"], "shortcut_pooling: 'maybe' is neither yes nor no"),
