@@ -15,6 +15,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 Floats = NDArray[np.float32]
 
 PARTS_OF_YEAR = 12
+BOOSTING_ROUNDS = 300
 DAYS = 366
 
 
@@ -52,6 +53,6 @@ def fit_boosting(features: Floats, heights: Floats, seed: int) -> Callable[[Floa
         What predicts (pixel,) heights in metres from (pixel, feature).
     """
     seen = np.isfinite(features).any(axis=0)  # a part of the year may have no image at all
-    trees = HistGradientBoostingRegressor(loss="absolute_error", max_iter=300, random_state=seed)
+    trees = HistGradientBoostingRegressor(loss="absolute_error", max_iter=BOOSTING_ROUNDS, random_state=seed)
     trees.fit(features[:, seen], heights)
     return lambda pixels: trees.predict(pixels[:, seen]).astype(np.float32)

@@ -90,7 +90,10 @@ def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 @pytest.fixture
 def run_canopy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Run canopy.py without the seconds that a fresh interpreter takes."""
+    """Run canopy.py without the seconds that a fresh interpreter and the baseline's many trees take."""
+    from models import pixel_baselines
+
+    monkeypatch.setattr(pixel_baselines, "BOOSTING_ROUNDS", 20)
     return _in_process("canopy", tmp_path, monkeypatch, capsys)
 
 
