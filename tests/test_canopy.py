@@ -187,6 +187,21 @@ def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(
     assert "simulated" not in done.stdout
 
 
+def test_a_validation_is_shown_before_the_checkpoint_counts_it(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run killed in between would lack its picture and its figures in TensorBoard."""
+
+    def fail(_: object) -> None:
+        raise InputError("stopped")
+
+    monkeypatch.setattr(canopy.Run, "save", fail)
+    assert run_canopy(*SHORT, *tiles).returncode == 2
+    assert (tmp_path / "pictures" / "validation_0001.png").exists()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert len(events.Scalars("validation/mae")) == 1 and "data/text_summary" in events.Tags()["tensors"]
+
+
 @pytest.mark.parametrize("context", ["training", "validation", "test"])
 def test_squares_without_tall_vegetation_are_refused(run_canopy: Callable[..., Ended], tmp_path: Path, context: str) -> None:
     root = write_root(tmp_path / "root")

@@ -132,6 +132,18 @@ def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[...,
     np.testing.assert_allclose(predict(stack, x).mean(0), predictions.loc[rows.index, "predicted"], rtol=1e-4)
 
 
+def test_observations_that_are_all_the_same_are_told(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+    rows = demo_table().rows
+    rows.loc[rows["explo"] == "ALB", "Shannon"] = 2.0
+    rows.to_csv(tmp_path / "mine.csv", index=False)
+    flags = [f"dataset={tmp_path / 'mine.csv'}", "model=Ridge", "study_var=Shannon", "split_procedure=split_by_observatory"]
+    done = run_main(*flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all test observations are the same, r2 is undefined") == 1
+    assert "all predictions are the same" not in done.stdout
+    assert "table/text_summary" in EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]
+
+
 @pytest.mark.parametrize("model", ["ResNet18T", "Ridge"])
 def test_nothing_is_learnt_from_test_rows(run_main: Callable[..., Ended], tmp_path: Path, model: str) -> None:
     """Scaler and weights of a fold are the same when the values of its test rows are others."""
