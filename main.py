@@ -1,7 +1,7 @@
 """Operation main: k-fold training and test of one architecture on the grassland table.
 
-Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. All folds and ensemble members train as one
-stack of networks; a run that was interrupted goes on from its last checkpoint.
+Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. Folds and ensemble members train as stacks of
+networks, one stack a core; a run that was interrupted goes on from its last checkpoint.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from models import ESTIMATORS, NETWORKS, make_stack, own_flags
 from utils import figures
 from utils.errors import InputError
 from utils.flags import FlagParser, one_of, real, whole, whole_list, yes_no
+from utils.fold_processes import FoldProcesses, fold_processes
 from utils.metrics import Scores, score
 from utils.network_summary import summarise
 from utils.recipes import OPTIMIZER_FLAGS, flags_in_use, recipe_for
@@ -62,15 +63,18 @@ from utils.runs import (
 )
 from utils.seeds import ESTIMATOR_MEMBERS, generator_for
 from utils.stacked_training import (
-    Fold,
+    Advance,
     FoldData,
+    FoldState,
     StackTraining,
+    Tensors,
     member_states,
     patience_of,
     predict,
 )
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
+SECONDS_BETWEEN_LOOKS = 0.2  # at the folds in training, for the progress bar
 
 parser = FlagParser(prog="main.py", description=__doc__)
 parser.flag("batch_size", whole(1), 32, "rows of a training batch")
@@ -113,6 +117,42 @@ parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or
 
 
 @dataclass
+class FoldProgress:
+    """How far a fold in training has got.
+
+    Attributes:
+        state: at its last stop.
+        best: `weights` and `statistics` of the members at the best validation, empty before the first.
+        best_loss: the validation loss then.
+        best_epoch: the training epoch then.
+        validations_without_best: since then.
+        seconds: the fold's share of the time so far.
+        history: a record an epoch, as in `Advance`.
+    """
+
+    state: FoldState
+    best: Tensors = field(default_factory=Tensors)
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    validations_without_best: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def go_on(self, advance: Advance, warmup_epochs: int) -> None:
+        """Take in an advance; members that validate better than ever are kept."""
+        self.state = advance.state
+        self.history += advance.records
+        loss = advance.records[-1].get("loss_val")
+        if loss is None:
+            return
+        self.validations_without_best += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, advance.state.epoch - warmup_epochs
+            self.validations_without_best = 0
+            self.best = Tensors({name: advance.state.tensors[name].clone() for name in ("weights", "statistics")})
+
+
+@dataclass
 class Result:
     """What a finished fold leaves.
 
@@ -123,7 +163,7 @@ class Result:
         seconds_test: of predicting the test rows.
         best_epoch: training epoch whose networks were kept.
         last_epoch: training epoch after which the fold stopped.
-        history: a record an epoch: epoch (warm-up included), loss_train, lr and, where validated, loss_val.
+        history: a record an epoch, as in `Advance`.
     """
 
     number: int
@@ -212,33 +252,56 @@ class Run:
     ) -> None:
         self.flags, self.table, self.samples, self.splits, self.device = flags, table, samples, splits, device
         self.results: dict[int, Result] = {}
+        self.progress: dict[int, FoldProgress] = {}
         self.counts = {"network_epochs": 0.0, "network_seconds": 0.0}
         self.note = " (simulated)" if table.simulated else ""
         self.size: dict[str, float] = {"params": -1}
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.unsaved = time.perf_counter(), False
         self.scalers = [
             StandardScaler().fit(samples.x[fold.train].transpose(0, 2, 1).reshape(len(fold.train), -1)) for fold in splits
         ]
         # Folds depend on scikit-learn's version, too.
         folds = hashlib.sha256(b"".join(ids.tobytes() for fold in splits for ids in fold)).hexdigest()
         self.identity = {"table_sha256": table.sha256, **flags, "folds_sha256": folds}
-        self.checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))
-        done = max((r.history[-1]["epoch"] for r in self.results.values() if r.history), default=0)
-        done = max(done, self.checkpoint[1]["epochs_done"] if self.checkpoint else 0)
-        self.events = SummaryWriter(str(Path.cwd()), purge_step=int(done) + 1)
+        self.events = SummaryWriter(str(Path.cwd()), purge_step=self.epochs_done() + 1)
         self.events.add_text("table", table.name)
+        for number, history in self.histories().items():
+            self.log_losses(number, [record for record in history if record["epoch"] > self.epochs_done()])
 
     def _continue(self, path: Path) -> None:
         tensors, record = read_tensors(path)
         refuse_other_flags(path.absolute(), record["identity"], self.identity)
+
+        def named(prefix: str) -> Tensors:
+            return Tensors({k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)})
+
         for entry in record["results"]:
             self.results[entry["number"]] = Result(**entry, predictions=tensors[f"fold_{entry['number']}.predictions"])
+        for entry in record["progress"]:
+            number = entry["state"]["number"]
+            state = FoldState(**entry.pop("state"), tensors=named(f"fold_{number}.state."))
+            self.progress[number] = FoldProgress(state, named(f"fold_{number}.best."), **entry)
         self.counts = record["counts"]
-        if record["training"] is not None:
-            self.checkpoint = tensors, record
-        say(f"Resuming after epoch {record['epochs_done']}, {len(self.results)} of {len(self.splits)} folds finished")
+        say(f"Resuming after epoch {self.epochs_done()}, {len(self.results)} of {len(self.splits)} folds finished")
+
+    def histories(self) -> dict[int, list[dict[str, float]]]:
+        """The records of every fold, finished or not."""
+        folds: dict[int, Result | FoldProgress] = {**self.results, **self.progress}
+        return {number: folds[number].history for number in sorted(folds)}
+
+    def epochs_done(self) -> int:
+        """Epochs that every fold has done that has not stopped before, warm-up included."""
+        if self.progress:
+            return min(fold.state.epoch for fold in self.progress.values())
+        return max((int(history[-1]["epoch"]) for history in self.histories().values() if history), default=0)
+
+    def log_losses(self, number: int, records: Iterable[dict[str, float]]) -> None:
+        """Write a fold's records to TensorBoard."""
+        for record in records:
+            for name in record.keys() - {"epoch"}:
+                self.events.add_scalar(f"{name}/fold_{number}", record[name], int(record["epoch"]))
 
     def fold_data(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """All rows x (sample, band, step), standardised for a fold from its training rows, and y (sample,)."""
@@ -266,25 +329,41 @@ class Run:
         }
         write_tensors(Path("models") / f"fold_{result.number}.safetensors", tensors, record)
         self.results[result.number] = result
+        self.progress.pop(result.number, None)
+        self.saved_at, self.unsaved = -math.inf, True  # due at once
 
-    def save(self, epochs_done: int, training: StackTraining | None) -> None:
+    def share_time(self, seconds: float, numbers: Sequence[int]) -> None:
+        """Count the seconds towards the folds that were training."""
+        for number in numbers:
+            self.progress[number].seconds += seconds / len(numbers)
+        self.counts["network_seconds"] += seconds
+
+    def save_if_due(self) -> None:
+        """Write the checkpoint if there is something new and the last one is old."""
+        if self.unsaved and time.perf_counter() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+            self.save()
+
+    def save(self) -> None:
         """Write the checkpoint."""
         tensors = {f"fold_{number}.predictions": result.predictions for number, result in self.results.items()}
+        progress = []
+        for number, fold in self.progress.items():
+            for part, named in (("state", fold.state.tensors), ("best", fold.best)):
+                tensors |= {f"fold_{number}.{part}.{name}": tensor for name, tensor in named.items()}
+            state = {key: value for key, value in fold.state._asdict().items() if key != "tensors"}
+            progress.append({**vars(fold), "state": state})
+            del progress[-1]["best"]
         record: dict[str, Any] = {
             "identity": self.identity,
-            "epochs_done": epochs_done,
             "counts": self.counts,
             "results": [
                 {key: value for key, value in vars(result).items() if key != "predictions"}
                 for result in self.results.values()
             ],
-            "training": None,
+            "progress": progress,
         }
-        if training is not None and training.folds:
-            more, record["training"] = training.state()
-            tensors |= more
         write_tensors(Path(CHECKPOINT), tensors, record)
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.unsaved = time.perf_counter(), False
 
 
 def report_data(table: Table, samples: Samples, splits: Sequence[Split]) -> None:
@@ -300,19 +379,16 @@ def report_data(table: Table, samples: Samples, splits: Sequence[Split]) -> None
 
 
 def train_networks(run: Run) -> None:
-    """Train all folds and members as one stack, each fold until its own stop; finished folds are tested at once."""
+    """Train every fold until its own stop; finished folds are tested at once."""
     flags, members = run.flags, run.flags["ensemble_count"]
-    numbers = list(range(1, len(run.splits) + 1))
     folds = []
-    for number in numbers:
+    for number, ids in enumerate(run.splits, start=1):
         x, y = (torch.from_numpy(np.ascontiguousarray(values)) for values in run.fold_data(number))
-        train, validation, _ = (torch.from_numpy(ids) for ids in run.splits[number - 1])
+        train, validation = torch.from_numpy(ids.train), torch.from_numpy(ids.validation)
         folds.append(FoldData(x[train], y[train], x[validation], y[validation]))
-    stack = make_stack(flags["model"], len(numbers) * members, len(BANDS), STEPS, flags)
     training = StackTraining(
-        stack,
+        make_stack(flags["model"], len(folds) * members, len(BANDS), STEPS, flags),
         folds,
-        numbers,
         members,
         recipe_for(flags["model"], flags),
         flags["batch_size"],
@@ -326,142 +402,84 @@ def train_networks(run: Run) -> None:
     if flags["precision"] == "bf16" and run.device.type == "cpu" and not fast_bf16(run.device):
         say("precision=bf16: this processor has no bfloat16 products (avx512_bf16 or amx_bf16), expect a slower run")
 
-    done = 0
-    if run.checkpoint is not None:
-        tensors, record = run.checkpoint
-        training.load_state(tensors, record["training"])
-        done = record["epochs_done"]
-    elif run.results:
+    if not run.progress:
+        if run.results:
+            return
+        run.progress = {number: FoldProgress(training.initial_state(number)) for number in range(1, len(folds) + 1)}
+    with fold_processes(training, [fold.state for fold in run.progress.values()]) as processes:
+        warmup = flags["warmup_epochs"]
+        train_phase(run, training, processes, 0, warmup, "Warming up the model...")
+        train_phase(run, training, processes, warmup, warmup + flags["epochs"], "Training the model...")
+    run.save_if_due()
+
+
+def train_phase(run: Run, training: StackTraining, processes: FoldProcesses, start: int, end: int, description: str) -> None:
+    """Train, and show it from `start` epochs done, until every fold has done `end` epochs or stopped before."""
+    reported = run.epochs_done()
+    clock = time.perf_counter()
+    with tqdm(total=end - start, initial=max(0, min(reported, end) - start), desc=description, unit="epoch") as bar:
+        while run.progress and reported < end:
+            processes.keep_busy([fold.state for fold in run.progress.values()])
+            run.save_if_due()
+            busy = processes.in_training()
+            advances = processes.collect(SECONDS_BETWEEN_LOOKS)
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            run.share_time(seconds, busy)
+            for advance in advances:
+                take_in(run, advance)
+            while reported < min(end, run.epochs_done()):
+                reported = training.next_stop(reported)
+                report_losses(run, reported, training.is_validated(reported))
+            done = min((processes.epochs_done[number] for number in run.progress), default=reported)
+            bar.set_postfix(folds=len(run.progress), refresh=False)
+            bar.update(min(done, end) - start - bar.n)
+
+
+def take_in(run: Run, advance: Advance) -> None:
+    """Record a fold's advance; finish the fold if it stops here."""
+    number, (warmup, epochs) = advance.state.number, (run.flags["warmup_epochs"], run.flags["epochs"])
+    fold = run.progress[number]
+    fold.go_on(advance, warmup)
+    run.log_losses(number, advance.records)
+    run.counts["network_epochs"] += len(advance.records) * run.flags["ensemble_count"]
+    run.unsaved = True
+    epoch = advance.state.epoch - warmup
+    if epoch == epochs or fold.validations_without_best >= patience_of(epochs):
+        if epoch < epochs:
+            say(f"Fold {number}/{len(run.splits)}: Early stopping at epoch {epoch}")
+        finish_fold(run, fold)
+
+
+def report_losses(run: Run, epochs_done: int, validated: bool) -> None:
+    """Print the means over folds of their losses at an epoch; a fold that stopped before keeps its last ones."""
+
+    def mean(name: str) -> float:
+        known = [[r for r in history if r["epoch"] <= epochs_done and name in r] for history in run.histories().values()]
+        return float(np.mean([records[-1][name] for records in known]))
+
+    warmup = run.flags["warmup_epochs"]
+    if epochs_done <= warmup:
+        say(f"Warmup epoch: {epochs_done}/{warmup} - Train loss: {mean('loss_train'):.4f}{run.note}")
         return
-    warmup, epochs = flags["warmup_epochs"], flags["epochs"]
-    recorder = EpochRecorder(run, training)
-    with tqdm(total=warmup, initial=min(done, warmup), desc="Warming up the model...", unit="epoch") as bar:
-        for epoch in range(done, warmup):
-            training.begin_warm_up(epoch)
-            recorder.epoch(epoch)
-            if epoch == 0 or (epoch + 1) % 10 == 0 or epoch + 1 == warmup:
-                recorder.flush(validated=False)
-                say(f"Warmup epoch: {epoch + 1}/{warmup} - Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
-                recorder.save_if_due(epoch + 1)
-            bar.update()
-    if done <= warmup:
-        training.begin_training()
-    with tqdm(total=epochs, initial=max(done - warmup, 0), desc="Training the model...", unit="epoch") as bar:
-        for epoch in range(max(done - warmup, 0) + 1, epochs + 1):
-            recorder.epoch(warmup + epoch - 1)
-            validated = epoch == 1 or epoch % 10 == 0
-            if validated:
-                recorder.validate(epoch)
-            training.step_schedules()
-            stopped = []
-            if validated or epoch == epochs:
-                recorder.flush(validated)
-                say(f"Epoch: {epoch}")
-                say(f"Train loss: {recorder.mean('loss_train'):.4f}{run.note}")
-                if validated:
-                    say(f"Val loss: {recorder.mean('loss_val'):.4f}{run.note}")
-                patience = patience_of(epochs)
-                stopped = [f for f in training.folds if epoch == epochs or f.validations_without_best >= patience]
-                for fold in stopped:
-                    if epoch < epochs:
-                        say(f"Fold {fold.number}/{len(run.splits)}: Early stopping at epoch {epoch}")
-                    finish_fold(run, fold, epoch)
-                training.leave(stopped)
-                recorder.save_if_due(warmup + epoch, at_once=bool(stopped))
-            bar.set_postfix(folds=len(training.folds), refresh=False)
-            bar.update()
-            if not training.folds:
-                break
+    say(f"Epoch: {epochs_done - warmup}")
+    say(f"Train loss: {mean('loss_train'):.4f}{run.note}")
+    if validated:
+        say(f"Val loss: {mean('loss_val'):.4f}{run.note}")
 
 
-class EpochRecorder:
-    """Runs epochs, shares their time among the folds, and records losses; reads the device only when flushed."""
-
-    def __init__(self, run: Run, training: StackTraining) -> None:
-        self.run, self.training = run, training
-        self.pending: list[tuple[int, torch.Tensor, list[float]]] = []
-        self.clock = time.perf_counter()
-        # A fold that has stopped keeps its last losses in the means over folds.
-        self.latest = {
-            number: {key: [r[key] for r in result.history if key in r][-1] for key in ("loss_train", "loss_val")}
-            for number, result in run.results.items()
-        }
-
-    def epoch(self, epoch: int) -> None:
-        """Train one epoch, counted from 0 over warm-up and training."""
-        rates = [fold.rate for fold in self.training.folds]
-        self.pending.append((epoch + 1, self.training.run_epoch(epoch), rates))
-        networks = len(self.training.folds) * self.training.members
-        self._share_time(networks)
-
-    def validate(self, epoch: int) -> None:
-        """Validate all folds after training epoch `epoch`."""
-        self.training.validate(epoch)
-        for fold in self.training.folds:
-            self.latest.setdefault(fold.number, {})["loss_val"] = fold.validation_loss
-        self._share_time(0)
-
-    def _share_time(self, networks: int) -> None:
-        now = time.perf_counter()
-        for fold in self.training.folds:
-            fold.seconds += (now - self.clock) / len(self.training.folds)
-        self.run.counts["network_epochs"] += networks
-        self.run.counts["network_seconds"] += now - self.clock
-        self.clock = now
-
-    def flush(self, validated: bool) -> None:
-        """Read the pending losses and write them to the folds' histories and TensorBoard.
-
-        Args:
-            validated: whether the last pending epoch was validated.
-
-        Raises:
-            InputError: a loss is not finite.
-        """
-        losses = torch.stack([loss for _, loss, _ in self.pending]).cpu().tolist()
-        for (epoch, _, rates), values in zip(self.pending, losses, strict=True):
-            for fold, loss, rate in zip(self.training.folds, values, rates, strict=True):
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"fold {fold.number}: the training loss at epoch {epoch} is not finite, the training diverged; "
-                        f"a lower lr is needed"
-                    )
-                fold.train_loss = loss
-                fold.history.append({"epoch": epoch, "loss_train": loss, "lr": rate})
-                self.run.events.add_scalar(f"loss_train/fold_{fold.number}", loss, epoch)
-                self.run.events.add_scalar(f"lr/fold_{fold.number}", rate, epoch)
-        epoch = self.pending[-1][0]
-        for fold in self.training.folds:
-            self.latest.setdefault(fold.number, {})["loss_train"] = fold.train_loss
-            if validated:
-                fold.history[-1]["loss_val"] = fold.validation_loss
-                self.run.events.add_scalar(f"loss_val/fold_{fold.number}", fold.validation_loss, epoch)
-        self.pending.clear()
-
-    def mean(self, loss: str) -> float:
-        """Mean over all folds of their latest loss."""
-        return float(np.mean([values[loss] for values in self.latest.values()]))
-
-    def save_if_due(self, epochs_done: int, at_once: bool = False) -> None:
-        """Write the checkpoint if the last one is old or a fold has stopped."""
-        if at_once or time.perf_counter() - self.run.saved_at > SECONDS_BETWEEN_CHECKPOINTS:
-            self.run.save(epochs_done, self.training)
-        self._share_time(0)
-
-
-def finish_fold(run: Run, fold: Fold, epoch: int) -> None:
+def finish_fold(run: Run, fold: FoldProgress) -> None:
     """Test a fold's best ensemble and keep it."""
-    assert fold.best is not None  # the first training epoch is always validated
-    flags, members = run.flags, run.flags["ensemble_count"]
+    flags, number = run.flags, fold.state.number
     started = time.perf_counter()
-    stack = make_stack(flags["model"], members, len(BANDS), STEPS, flags).to(run.device)
-    states = member_states(stack, fold.best)
-    x, _ = run.fold_data(fold.number)
-    test = torch.from_numpy(np.ascontiguousarray(x[run.splits[fold.number - 1].test])).to(run.device)
+    stack = make_stack(flags["model"], flags["ensemble_count"], len(BANDS), STEPS, flags).to(run.device)
+    best = {name: tensor.to(run.device) for name, tensor in fold.best.items()}
+    states = member_states(stack, **best)
+    x, _ = run.fold_data(number)
+    test = torch.from_numpy(np.ascontiguousarray(x[run.splits[number - 1].test])).to(run.device)
     predictions = predict(stack, test).cpu()
-    result = Result(
-        fold.number, predictions, fold.seconds, time.perf_counter() - started, fold.best_epoch, epoch, fold.history
-    )
+    last_epoch = fold.state.epoch - flags["warmup_epochs"]
+    seconds_test = time.perf_counter() - started
+    result = Result(number, predictions, fold.seconds, seconds_test, fold.best_epoch, last_epoch, fold.history)
     weights = {f"member_{m}.{name}": tensor for m, state in enumerate(states, 1) for name, tensor in state.items()}
     run.finish(result, weights)
 
@@ -504,7 +522,7 @@ def fit_estimators(run: Run) -> None:
             run.counts["network_epochs"] += members
             run.counts["network_seconds"] += seconds_train
             run.finish(Result(number, torch.from_numpy(np.stack(predictions)), seconds_train, seconds_test), tensors)
-            run.save(0, None)
+            run.save()
 
 
 def report_results(run: Run) -> None:

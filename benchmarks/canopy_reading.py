@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from rasterio.windows import Window
 
-from benchmarks.rates import compare_rates
+from benchmarks.rates import compare_rates, rate_of
 from datasets.canopy_cache import cache_patches
 from datasets.canopy_catalogue import BORDER, PIXEL, SQUARE_SIZE, Patch, opened, read_catalogue, select
 from datasets.canopy_reference import at_resolution, drop_low_and_isolated
@@ -80,7 +80,7 @@ def main() -> None:
 
         dates = statistics.mean(min(DATES, len(patch.images)) for patch in patches)
         print(f"{len(patches)} patches, {dates:.1f} images a sample; cache filled in {built:.1f} s")
-        ways = {"GeoTIFFs a sample": (len(numbers), from_files), "cache": (len(numbers), from_cache)}
+        ways = {"GeoTIFFs a sample": rate_of(len(numbers), from_files), "cache": rate_of(len(numbers), from_cache)}
         compare_rates(ways, arguments.rounds, "samples")
     print(f"peak resident memory: {1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB")
 

@@ -3,23 +3,27 @@
     python -m benchmarks.stack_speed [--device cuda] [--rounds 5]
 
 A network-epoch is one pass of one network over 315 rows in batches of 32: 4.3 GFLOP. The plain way steps one
-`torch.nn` network after the other, data in memory.
+`torch.nn` network after the other, data in memory. One stack holds all networks and uses all threads; shared is what
+a run does on a CPU: processes of one thread that share the folds.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import main as main_operation
-from benchmarks.rates import compare_rates
+from benchmarks.rates import compare_rates, rate_of
 from models import make_stack
+from utils.fold_processes import fold_processes
 from utils.recipes import recipe_for
 from utils.runs import choose_device, keep_freed_memory
 from utils.stacked_training import FoldData, StackTraining
 
 ROWS, BATCH, FOLDS = 315, 32, 5
+SECONDS_SHARED = 10
 FLAGS = main_operation.parser.parse_flags([])
 
 
@@ -52,7 +56,7 @@ def plain_network() -> nn.Sequential:
     return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 1))
 
 
-def plain_epoch(device: torch.device, networks: int) -> Callable[[], None]:
+def plain_epoch(device: torch.device, networks: int) -> Callable[[int], None]:
     """One epoch of `networks` networks, one after the other."""
     x, y = torch.randn(ROWS, 10, 16, device=device), torch.randn(ROWS, device=device)
     trained = []
@@ -60,30 +64,53 @@ def plain_epoch(device: torch.device, networks: int) -> Callable[[], None]:
         network = plain_network().to(device)
         trained.append((network, torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)))
 
-    def epoch() -> None:
+    def epoch(_: int) -> None:
         for network, optimizer in trained:
             for rows in torch.randperm(ROWS, device=device).split(BATCH):
                 optimizer.zero_grad()
                 (network(x[rows]).squeeze(1) - y[rows]).abs().mean().backward()
                 optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return epoch
 
 
-def stacked_epoch(device: torch.device, members: int, precision: str) -> Callable[[], None]:
-    """One epoch of 5 x `members` networks as one stack."""
+def new_training(device: torch.device, members: int, precision: str) -> StackTraining:
+    """5 x `members` networks before their first epoch."""
     x, y = torch.randn(ROWS + 80, 10, 16), torch.randn(ROWS + 80)
     data = FoldData(x[:ROWS], y[:ROWS], x[ROWS:], y[ROWS:])
     stack = make_stack("ResNet18T", FOLDS * members, 10, 16, FLAGS)
     recipe = recipe_for("ResNet18T", FLAGS)
+    return StackTraining(stack, [data] * FOLDS, members, recipe, BATCH, 10**6, 0, 1, precision, device)
+
+
+def one_stack(training: StackTraining) -> Callable[[int], float]:
+    """All networks in one stack of this process: ten epochs a round, validation included."""
     numbers = range(1, FOLDS + 1)
-    training = StackTraining(stack, [data] * FOLDS, numbers, members, recipe, BATCH, 100, 0, 1, precision, device)
-    training.begin_training()
+    states = [training.initial_state(number) for number in numbers]
+    while states[0].epoch < 10:
+        states = [one.state for one in training.advance(states)]
 
-    def epoch() -> None:
-        training.run_epoch(0)
+    def call(_: int) -> None:
+        states[:] = [one.state for one in training.advance(states)]
 
-    return epoch
+    return rate_of(10 * FOLDS * training.members, call)
+
+
+def shared(training: StackTraining) -> Callable[[int], float]:
+    """As in a run: folds shared among processes, from their start to some seconds later."""
+
+    def way(_: int) -> float:
+        states = {number: training.initial_state(number) for number in range(1, FOLDS + 1)}
+        with fold_processes(training, list(states.values())) as processes:
+            started = time.perf_counter()
+            while time.perf_counter() < started + SECONDS_SHARED:
+                processes.keep_busy(list(states.values()))
+                states |= {one.state.number: one.state for one in processes.collect(0.1)}
+            return training.members * sum(processes.epochs_done) / (time.perf_counter() - started)
+
+    return way
 
 
 def main() -> None:
@@ -96,20 +123,14 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(0)
 
-    def finished(epoch: Callable[[], None]) -> Callable[[int], None]:
-        def call(_: int) -> None:
-            epoch()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return call
-
-    ways = {"plain loop, float32": (2, finished(plain_epoch(device, 2)))}
+    ways = {"plain loop, float32": rate_of(2, plain_epoch(device, 2))}
     for members in (1, 5):
         for precision, name in (("32", "float32"), ("bf16", "bf16")):
-            epoch = stacked_epoch(device, members, precision)
-            ways[f"stack {FOLDS} x {members}, {name}"] = (FOLDS * members, finished(epoch))
-    print(f"{device}, {torch.get_num_threads()} threads")
+            training = new_training(device, members, precision)
+            ways[f"{FOLDS} x {members}, {name}, one stack"] = one_stack(training)
+            if device.type == "cpu":
+                ways[f"{FOLDS} x {members}, {name}, shared"] = shared(training)
+    print(f"{device}, {torch.get_num_threads()} threads or processes")
     compare_rates(ways, arguments.rounds, "network-epochs")
 
 

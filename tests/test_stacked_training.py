@@ -1,13 +1,25 @@
-"""A network trains the same way in a stack, alone, and after an interruption."""
+"""A fold trains the same way in any stack, alone, and after an interruption."""
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import DEFAULTS
 
-from models import make_stack
+from models import NETWORKS, make_stack
 from utils.recipes import recipe_for
-from utils.stacked_layers import network_state
-from utils.stacked_training import FoldData, StackTraining, member_states, pack, patience_of, predict
+from utils.stacked_training import (
+    FoldData,
+    FoldState,
+    StackTraining,
+    Tensors,
+    member_states,
+    pack,
+    patience_of,
+    predict,
+)
 
 # Two folds with unlike numbers of rows and of batches.
 ROWS = {1: 45, 2: 70}
@@ -21,80 +33,102 @@ def fold_data(number: int) -> FoldData:
     return FoldData(x[:-20], y[:-20], x[-20:], y[-20:])
 
 
-def start(model: str, numbers: list[int], members: int, precision: str = "32", warmup: int = 2) -> StackTraining:
+def start(model: str, members: int, precision: str = "32", warmup: int = 2) -> StackTraining:
     small = DEFAULTS | {"num_channels": (8, 8, 8, 8), "stem_channels": 8, "num_filters": 8}
-    stack = make_stack(model, len(numbers) * members, 10, 16, small)
-    data = [fold_data(number) for number in numbers]
-    return StackTraining(stack, data, numbers, members, recipe_for(model, small), 32, 20, warmup, 7, precision, CPU)
+    stack = make_stack(model, len(ROWS) * members, 10, 16, small)
+    data = [fold_data(number) for number in ROWS]
+    return StackTraining(stack, data, members, recipe_for(model, small), 32, 20, warmup, 7, precision, CPU)
 
 
-def train(training: StackTraining, epochs: int, first: int = 0) -> None:
-    for epoch in range(first, epochs):
-        if epoch < training.warmup_epochs:
-            training.begin_warm_up(epoch)
-        elif epoch == training.warmup_epochs:
-            training.begin_training()
-        training.run_epoch(epoch)
-        if epoch >= training.warmup_epochs:
-            training.validate(epoch)
-            training.step_schedules()
+def advance(training: StackTraining, states: Sequence[FoldState], stops: int) -> list[FoldState]:
+    """States of folds after some stops more."""
+    for _ in range(stops):
+        states = [one.state for one in training.advance(states)]
+    return list(states)
 
 
-@pytest.mark.parametrize("model", ["MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet", "InceptionTime", "ResNet18T"])
-def test_a_network_ends_where_it_ends_alone(model: str) -> None:
-    together, alone = start(model, [1, 2], members=2), start(model, [1], members=2)
-    train(together, 4)
-    train(alone, 4)
-    for member in range(2):
-        expected = network_state(alone.stack, member)
-        for name, tensor in network_state(together.stack, member).items():
-            torch.testing.assert_close(tensor, expected[name], rtol=2e-3, atol=2e-4)
-    assert together.folds[0].validation_loss == pytest.approx(alone.folds[0].validation_loss, rel=1e-3)
-    assert not torch.equal(together.packed.weights[0], together.packed.weights[1])
+def train(training: StackTraining, stops: int) -> list[FoldState]:
+    """States of all folds, trained together for some stops from the start."""
+    return advance(training, [training.initial_state(number) for number in ROWS], stops)
 
 
-def test_a_fold_that_stops_leaves_the_others_as_they_were() -> None:
-    through, left = start("ResNet18T", [1, 2], members=1), start("ResNet18T", [1, 2], members=1)
-    train(through, 6)
-    train(left, 4)
-    left.leave([left.folds[0]])
-    train(left, 6, first=4)
-    assert [fold.number for fold in left.folds] == [2]
-    assert left.packed.weights.shape[0] == 1
-    torch.testing.assert_close(left.packed.weights[0], through.packed.weights[1], rtol=2e-3, atol=2e-4)
+def assert_same(one: FoldState, other: FoldState) -> None:
+    """Bit for bit."""
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+    assert repr(one._replace(tensors=Tensors())) == repr(other._replace(tensors=Tensors()))
 
 
-@pytest.mark.parametrize("model", ["ResNet18T", "FCN", "BiLSTM"])
-@pytest.mark.parametrize("interrupted_after", [1, 3])
-def test_training_goes_on_from_a_state_bit_for_bit(model: str, interrupted_after: int) -> None:
-    through, before, after = (start(model, [1, 2], members=2) for _ in range(3))
-    train(through, 5)
-    train(before, interrupted_after)
-    tensors, record = before.state()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    after.load_state(tensors, record)
-    train(after, 5, first=interrupted_after)
-    assert torch.equal(after.packed.weights, through.packed.weights)
-    assert torch.equal(after.packed.statistics, through.packed.statistics)
-    for one, other in zip(after.folds, through.folds, strict=True):
-        assert one.best is not None and other.best is not None
-        assert torch.equal(one.best.weights, other.best.weights)
-        assert one.record() == other.record()
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that share folds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_the_best_ensemble_is_the_one_that_was_validated() -> None:
-    training = start("ResNet18T", [1], members=3)
-    train(training, 6)
-    fold = training.folds[0]
-    assert fold.best is not None
+@pytest.mark.parametrize(
+    ("model", "members", "precision"),
+    [
+        *((model, 1, "32") for model in NETWORKS),
+        ("ResNet18T", 2, "32"),
+        ("ResNet18T", 2, "bf16"),
+        ("InceptionTime", 2, "bf16"),
+    ],
+)
+def test_a_fold_trains_the_same_alone_beside_others_and_after_an_interruption(
+    model: str, members: int, precision: str
+) -> None:
+    """Bit for bit, whatever stack it is in and whichever process takes it on: runs rest on this."""
+    together = train(start(model, members, precision), 4)
+    for index, number in enumerate(ROWS):
+        training = start(model, members, precision)
+        (before,) = advance(training, [training.initial_state(number)], 3)
+        (after,) = advance(start(model, members, precision), [deepcopy(before)], 1)
+        assert after.epoch == 12 and math.isfinite(after.validation_loss)
+        assert_same(after, together[index])
+
+
+def test_a_member_trains_as_it_does_alone() -> None:
+    """Up to rounding: more members make larger products."""
+    (alone, _), (together, _) = (train(start("ResNet18T", members), 3) for members in (1, 3))
+    weights = together.tensors["weights"]
+    torch.testing.assert_close(weights[:1], alone.tensors["weights"], rtol=2e-3, atol=2e-4)
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_states_are_left_as_they_are() -> None:
+    training = start("FCN", members=1)
+    states = train(training, 2)
+    kept = deepcopy(states)
+    advance(training, states, 1)
+    for state, copy in zip(states, kept, strict=True):
+        assert_same(state, copy)
+
+
+def test_folds_stop_where_they_report_and_are_validated() -> None:
+    training = start("MLP", members=1, warmup=12)
+    stops = [0]
+    while stops[-1] < 32:
+        stops.append(training.next_stop(stops[-1]))
+    assert stops == [0, 1, 10, 12, 13, 22, 32]
+    assert [stop for stop in range(33) if training.is_validated(stop)] == [13, 22, 32]
+
+
+def test_the_validation_loss_is_that_of_the_mean_of_the_members() -> None:
+    training = start("ResNet18T", members=3)
+    state = train(training, 4)[0]
     stack = make_stack("ResNet18T", 3, 10, 16, DEFAULTS | {"num_channels": (8, 8, 8, 8), "stem_channels": 8})
-    member_states(stack, fold.best)
-    mean = predict(stack, fold.data.validation_x).mean(0)
-    assert float((mean - fold.data.validation_y).abs().mean()) == pytest.approx(fold.best_loss, rel=1e-5)
+    member_states(stack, state.tensors["weights"], state.tensors["statistics"])
+    data = fold_data(1)
+    loss = (predict(stack, data.validation_x).mean(0) - data.validation_y).abs().mean()
+    assert float(loss) == pytest.approx(state.validation_loss, rel=1e-5)
 
 
 def test_members_see_the_same_batches_and_epochs_differ() -> None:
-    training = start("MLP", [1, 2], members=2)
+    training = start("MLP", members=2)
+    train(training, 1)
     first = [rows.clone() for rows, _ in training._batches(0)]
     again = [rows.clone() for rows, _ in training._batches(0)]
     other = [rows.clone() for rows, _ in training._batches(1)]
@@ -107,11 +141,10 @@ def test_members_see_the_same_batches_and_epochs_differ() -> None:
 
 
 def test_bf16_products_train_to_about_the_same_place() -> None:
-    exact, rounded = start("ResNet18T", [2], members=2), start("ResNet18T", [2], members=2, precision="bf16")
-    train(exact, 8)
-    train(rounded, 8)
-    assert rounded.packed.weights.dtype == torch.float32
-    assert rounded.folds[0].validation_loss == pytest.approx(exact.folds[0].validation_loss, rel=0.05)
+    (_, exact), (_, rounded) = (train(start("ResNet18T", members=2, precision=precision), 4) for precision in ("32", "bf16"))
+    assert rounded.tensors["weights"].dtype == torch.float32
+    assert not torch.equal(rounded.tensors["weights"], exact.tensors["weights"])
+    assert rounded.validation_loss == pytest.approx(exact.validation_loss, rel=0.05)
 
 
 def test_packing_keeps_every_value() -> None:

@@ -372,8 +372,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(network, ..., feature in) to (network, ..., feature out)."""
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        y = torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight)
-        return y.view(*x.shape[:-1], -1)
+        weight: Tensor = self.weight
+        if len(rows) == 1 and weight.shape[2] == 1:
+            # A lone product with a vector is rounded otherwise than one among others; two networks do not depend on a third.
+            rows, weight = rows.expand(2, -1, -1), weight.expand(2, -1, -1)
+        y = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), rows, weight)
+        return y[: len(x)].view(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):

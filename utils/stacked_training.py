@@ -1,20 +1,23 @@
-"""Training of all folds and ensemble members as one stack of networks.
+"""Training of folds and ensemble members as one stack of networks.
 
 A fold's ensemble is the unit of decisions: it has one optimiser, one schedule and
-one stopping rule, its members see the same batches, and when it stops its
-networks leave the stack. Network n of the stack is member n % members of the
-fold n // members that are still training.
+one stopping rule, and its members see the same batches. Between two validations a
+fold is a `FoldState`; a `StackTraining` puts the states of any folds side by side,
+trains them for some epochs and gives their new states. Network n of the stack is
+member n % members of the fold n // members.
 
-Every random draw has its own generator, seeded from (seed, purpose, fold, ...),
-so a fold trains the same way alone, beside others, or after an interruption.
+Every random draw has its own generator, seeded from (seed, purpose, fold, ...), and
+padding depends on all folds of the run, so that on one thread a fold trains the same
+way, bit for bit, alone, beside any others, or after an interruption.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -53,11 +56,6 @@ class Packed:
     weights: Tensor
     gradients: Tensor
     statistics: Tensor
-
-    def networks(self, chosen: slice | list[int]) -> "Packed":
-        """A copy of some networks, gradients at zero."""
-        weights = self.weights[chosen].clone()
-        return Packed(weights, torch.zeros_like(weights), self.statistics[chosen].clone())
 
 
 def pack(stack: nn.Module) -> Packed:
@@ -120,51 +118,78 @@ def predict(stack: nn.Module, x: Tensor) -> Tensor:
     return torch.cat(predictions, dim=1)
 
 
+class Tensors(dict[str, Tensor]):
+    """Tensors by name that go to another process by value.
+
+    PyTorch's own way hands on shared memory, of which a container has little.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., "Tensors"], tuple[dict[str, NDArray[Any]]]]:
+        """Pickle as arrays."""
+        return _from_arrays, ({name: tensor.cpu().numpy() for name, tensor in self.items()},)
+
+
+def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Tensors:
+    return Tensors({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+class FoldState(NamedTuple):
+    """Everything that the rest of a fold's training depends on.
+
+    Attributes:
+        number: of the fold in the whole run, from 1; part of its seeds.
+        epoch: epochs done, warm-up included.
+        tensors: `weights` and `statistics` (member, value), and the optimiser's `<member>.<name>`.
+        rate: learning rate in force.
+        schedule: state of the schedule after warm-up, JSON.
+        validation_loss: the latest, nan before the first.
+    """
+
+    number: int
+    epoch: int
+    tensors: Tensors
+    rate: float = 0.0
+    schedule: dict[str, Any] | None = None
+    validation_loss: float = math.nan
+
+
+class Advance(NamedTuple):
+    """A fold after some more epochs: its state, and a record an epoch.
+
+    A record has epoch (from 1, warm-up included), loss_train, lr and, where the epoch was validated, loss_val.
+    """
+
+    state: FoldState
+    records: list[dict[str, float]]
+
+
 @dataclass
-class Fold:
-    """One fold's ensemble: its data, optimiser, schedule and the record of its training."""
+class _Fold:
+    """A fold's data, and its optimiser and schedule in this process."""
 
     number: int
     data: FoldData
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | ReduceLROnPlateau | None = None
-    best: Packed | None = None
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    validations_without_best: int = 0
-    train_loss: float = math.nan
+    scheduler: LRScheduler | ReduceLROnPlateau
     validation_loss: float = math.nan
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
         """Learning rate in force."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors; JSON."""
-        return {
-            "number": self.number,
-            "rate": self.rate,
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "best_loss": self.best_loss,
-            "best_epoch": self.best_epoch,
-            "validations_without_best": self.validations_without_best,
-            "train_loss": self.train_loss,
-            "validation_loss": self.validation_loss,
-            "seconds": self.seconds,
-            "history": self.history,
-        }
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
 
 class StackTraining:
-    """The stack of all folds still in training.
+    """Trains folds as one stack.
 
     Args:
         stack: `members` networks for each fold, fold after fold; not initialised.
-        folds: data of each fold.
-        numbers: the folds' numbers in the whole run, from 1; part of their seeds.
+        folds: data of all folds of the run, the first is number 1.
         members: networks of a fold.
         recipe: optimiser and schedule.
         batch_size: rows of a batch; the short last batch of an epoch is kept.
@@ -179,7 +204,6 @@ class StackTraining:
         self,
         stack: Stack,
         folds: Sequence[FoldData],
-        numbers: Sequence[int],
         members: int,
         recipe: Recipe,
         batch_size: int,
@@ -192,48 +216,137 @@ class StackTraining:
         self.stack, self.members, self.recipe = stack, members, recipe
         self.batch_size, self.epochs, self.warmup_epochs, self.seed = batch_size, epochs, warmup_epochs, seed
         self.device = device
+        numbers = range(1, len(folds) + 1)
         stack.initialise([generator_for(seed, INITIAL_WEIGHTS, n, m) for n in numbers for m in range(members)])
         stack.to(device)
         set_product_dtype(stack, torch.bfloat16 if precision == "bf16" else torch.float32)
-        self.packed = pack(stack)
-        self.folds = []
-        for index, (number, data) in enumerate(zip(numbers, folds, strict=True)):
-            rows = self._rows(index)
-            parameters = [nn.Parameter(weights) for weights in self.packed.weights[rows]]
-            self.folds.append(Fold(number, data, make_optimizer(recipe, parameters)))
-        self._arrange()
+        self._initial = pack(stack)
+        self.all_folds: dict[int, _Fold] = {}
+        for number, data in zip(numbers, folds, strict=True):
+            parameters = [nn.Parameter(weights) for weights in self._initial.weights[self._rows(number - 1)]]
+            optimizer = make_optimizer(recipe, parameters)
+            self.all_folds[number] = _Fold(number, data, optimizer, make_scheduler(recipe, optimizer, epochs))
+        self._validation_rows = max(len(data.validation_y) for data in folds)
+        self._fewest_rows = min(len(data.train_y) for data in folds)
+        self._folds: list[_Fold] = []
 
     def _rows(self, index: int) -> slice:
         """Networks of the fold at this place of the stack."""
         return slice(index * self.members, (index + 1) * self.members)
 
-    def _arrange(self) -> None:
-        """Point optimisers at the packed weights and put the folds' data side by side, after the stack changed."""
-        bind(self.stack, self.packed)
+    def initial_state(self, number: int) -> FoldState:
+        """The state of a fold before its first epoch."""
+        rows = self._rows(number - 1)
+        weights, statistics = self._initial.weights[rows], self._initial.statistics[rows]
+        return FoldState(number, 0, Tensors(weights=weights, statistics=statistics))
+
+    def next_stop(self, epochs_done: int) -> int:
+        """Epochs done at a fold's next stop: the first, every tenth and the last of warm-up and of training."""
+        start, length = (0, self.warmup_epochs) if epochs_done < self.warmup_epochs else (self.warmup_epochs, self.epochs)
+        within = epochs_done - start
+        return start + (1 if within == 0 else min(within // 10 * 10 + 10, length))
+
+    def is_validated(self, epochs_done: int) -> bool:
+        """Whether the fold is validated after so many epochs: after the first training epoch and every tenth."""
+        epoch = epochs_done - self.warmup_epochs
+        return epoch == 1 or (epoch > 0 and epoch % 10 == 0)
+
+    def advance(self, states: Sequence[FoldState], done: Callable[[int], None] = lambda _: None) -> list[Advance]:
+        """Train folds that have done the same number of epochs to their next stop, and validate them if it is time.
+
+        Args:
+            states: of the folds; left as they are.
+            done: called after every epoch with the epochs done.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        self._load(states)
+        losses, rates = [], []
+        start = states[0].epoch
+        end = self.next_stop(start)
+        for epoch in range(start, end):
+            if epoch < self.warmup_epochs:
+                for fold in self._folds:
+                    warm_up(fold.optimizer, self.recipe, epoch, self.warmup_epochs)
+            elif epoch == self.warmup_epochs:
+                for fold in self._folds:
+                    fold.scheduler = make_scheduler(self.recipe, fold.optimizer, self.epochs)
+            rates.append([fold.rate for fold in self._folds])
+            losses.append(self.run_epoch(epoch))
+            if self.is_validated(epoch + 1):
+                self._validate()
+            if epoch >= self.warmup_epochs:
+                self._step_schedules()
+            done(epoch + 1)
+        by_fold = zip(torch.stack(losses, dim=1).tolist(), zip(*rates, strict=True), strict=True)
+        records = [
+            [
+                {"epoch": epoch, "loss_train": loss, "lr": rate}
+                for epoch, loss, rate in zip(range(start + 1, end + 1), *each, strict=True)
+            ]
+            for each in by_fold
+        ]
+        if self.is_validated(end):
+            for fold, own in zip(self._folds, records, strict=True):
+                own[-1]["loss_val"] = fold.validation_loss
+        for fold, own in zip(self._folds, records, strict=True):
+            _refuse_divergence(fold.number, own)
+        return [Advance(self._state(index, end), own) for index, own in enumerate(records)]
+
+    def _load(self, states: Sequence[FoldState]) -> None:
+        """Make the stack that of these folds, in these states."""
+        weights = torch.cat([state.tensors["weights"] for state in states]).to(self.device)
+        statistics = torch.cat([state.tensors["statistics"] for state in states]).to(self.device)
+        self._packed = Packed(weights, torch.zeros_like(weights), statistics)
+        bind(self.stack, self._packed)
         self._parameters = list(self.stack.parameters())
-        self._gradients = _views(self.packed.gradients, self._parameters)
-        for index, fold in enumerate(self.folds):
-            rows = range(*self._rows(index).indices(len(self.packed.weights)))
-            for row, parameter in zip(rows, fold.optimizer.param_groups[0]["params"], strict=True):
-                parameter.data, parameter.grad = self.packed.weights[row], self.packed.gradients[row]
-        self._train_x = _side_by_side([fold.data.train_x for fold in self.folds]).to(self.device)
-        self._train_y = _side_by_side([fold.data.train_y for fold in self.folds]).to(self.device)
-        self._validation_x = _side_by_side([fold.data.validation_x for fold in self.folds]).to(self.device)
+        self._gradients = _views(self._packed.gradients, self._parameters)
+        numbers = [fold.number for fold in self._folds]
+        self._folds = [self.all_folds[state.number] for state in states]
+        for index, (fold, state) in enumerate(zip(self._folds, states, strict=True)):
+            for member, parameter in enumerate(fold.optimizer.param_groups[0]["params"]):
+                row = index * self.members + member
+                parameter.data, parameter.grad = weights[row], self._packed.gradients[row]
+                prefix = f"{member}."
+                fold.optimizer.state[parameter] = {
+                    name.removeprefix(prefix): tensor.to(self.device, copy=True)
+                    for name, tensor in state.tensors.items()
+                    if name.startswith(prefix)
+                }
+            if state.schedule is not None:
+                fold.scheduler.load_state_dict(state.schedule)
+            fold.rate, fold.validation_loss = state.rate, state.validation_loss
+        if numbers != [fold.number for fold in self._folds]:
+            data = [fold.data for fold in self._folds]
+            self._train_x = _side_by_side([one.train_x for one in data]).to(self.device)
+            self._train_y = _side_by_side([one.train_y for one in data]).to(self.device)
+            self._validation_x = _side_by_side([one.validation_x for one in data], self._validation_rows).to(self.device)
+
+    def _state(self, index: int, epoch: int) -> FoldState:
+        """The present state of the fold at this place of the stack."""
+        fold, rows = self._folds[index], self._rows(index)
+        tensors = Tensors(weights=self._packed.weights[rows].clone(), statistics=self._packed.statistics[rows].clone())
+        for member, parameter in enumerate(fold.optimizer.param_groups[0]["params"]):
+            for name, tensor in fold.optimizer.state[parameter].items():
+                tensors[f"{member}.{name}"] = tensor.clone()
+        schedule = fold.scheduler.state_dict() if epoch > self.warmup_epochs else None
+        return FoldState(fold.number, epoch, tensors, fold.rate, schedule, fold.validation_loss)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Row ids (fold, sample) of each batch, freshly shuffled, and the mask of real rows if some are padding."""
         size = self.batch_size
-        counts = [len(fold.data.train_y) for fold in self.folds]
+        counts = [len(fold.data.train_y) for fold in self._folds]
         length = -(-max(counts) // size) * size
         order = torch.zeros(len(counts), length, dtype=torch.int64)
         real = torch.zeros(len(counts), length)
-        for index, (fold, count) in enumerate(zip(self.folds, counts, strict=True)):
+        for index, (fold, count) in enumerate(zip(self._folds, counts, strict=True)):
             generator = generator_for(self.seed, SHUFFLE, fold.number, epoch)
             order[index, :count] = torch.randperm(count, generator=generator)
             real[index, :count] = 1
         order, mask = order.to(self.device, non_blocking=True), real.to(self.device, non_blocking=True)
         for start in range(0, length, size):
-            whole = start + size <= min(counts)
+            whole = start + size <= self._fewest_rows
             yield order[:, start : start + size], None if whole else mask[:, start : start + size]
 
     def run_epoch(self, epoch: int) -> Tensor:
@@ -248,19 +361,19 @@ class StackTraining:
         self.stack.train()
         generators = [
             generator_for(self.seed, DROPOUT, fold.number, member, epoch, device=self.device)
-            for fold in self.folds
+            for fold in self._folds
             for member in range(self.members)
         ]
         set_dropout_generators(self.stack, generators)
-        folds = torch.arange(len(self.folds), device=self.device)[:, None]
-        total = torch.zeros(len(self.folds), device=self.device)
-        batches = torch.tensor([-(-len(fold.data.train_y) // self.batch_size) for fold in self.folds])
+        folds = torch.arange(len(self._folds), device=self.device)[:, None]
+        total = torch.zeros(len(self._folds), device=self.device)
+        batches = torch.tensor([-(-len(fold.data.train_y) // self.batch_size) for fold in self._folds])
         for number, (rows, mask) in enumerate(self._batches(epoch)):
             x = self._train_x[folds, rows].permute(0, 3, 1, 2)
             y = self._train_y[folds, rows]
             losses = self._step(x, y, mask)
             total += losses.view(-1, self.members).mean(1)
-            for fold, count in zip(self.folds, batches, strict=True):
+            for fold, count in zip(self._folds, batches, strict=True):
                 if number < count:
                     fold.optimizer.step()
         return total / batches.to(self.device)
@@ -276,102 +389,41 @@ class StackTraining:
             view.copy_(gradient)
         return losses.detach()
 
-    def begin_warm_up(self, epoch: int) -> None:
-        """Set the rate of warm-up epoch `epoch`, counted from 0."""
-        for fold in self.folds:
-            warm_up(fold.optimizer, self.recipe, epoch, self.warmup_epochs)
-
-    def begin_training(self) -> None:
-        """Start the schedules, after warm-up."""
-        for fold in self.folds:
-            fold.scheduler = make_scheduler(self.recipe, fold.optimizer, self.epochs)
-
-    def step_schedules(self) -> None:
+    def _step_schedules(self) -> None:
         """Move the schedules on, after every training epoch; plateau schedules see the latest validation loss."""
-        for fold in self.folds:
+        for fold in self._folds:
             if isinstance(fold.scheduler, ReduceLROnPlateau):
                 fold.scheduler.step(fold.validation_loss)
-            elif fold.scheduler is not None:
+            else:
                 fold.scheduler.step()
 
-    def validate(self, epoch: int) -> None:
-        """Compute each fold's validation loss, L1 of the ensemble's mean, and keep the members of a new best.
-
-        Raises:
-            InputError: a loss is not finite.
-        """
+    def _validate(self) -> None:
+        """Compute each fold's validation loss, L1 of the ensemble's mean."""
         x = self._validation_x.repeat_interleave(self.members, dim=0)
-        means = predict(self.stack, x).view(len(self.folds), self.members, -1).mean(1).cpu()
-        for index, fold in enumerate(self.folds):
+        means = predict(self.stack, x).view(len(self._folds), self.members, -1).mean(1).cpu()
+        for index, fold in enumerate(self._folds):
             target = fold.data.validation_y
             fold.validation_loss = float((means[index, : len(target)] - target).abs().mean())
-            if not math.isfinite(fold.validation_loss):
+
+
+def _refuse_divergence(number: int, records: Sequence[Mapping[str, float]]) -> None:
+    """Raise an InputError if a loss of the fold is not finite."""
+    for record in records:
+        for name, kind in (("loss_train", "training"), ("loss_val", "validation")):
+            if not math.isfinite(record.get(name, 0)):
                 raise InputError(
-                    f"fold {fold.number}: the validation loss at epoch {epoch} is not finite, the training diverged; "
+                    f"fold {number}: the {kind} loss at epoch {record['epoch']} is not finite, the training diverged; "
                     f"a lower lr is needed"
                 )
-            fold.validations_without_best += 1
-            if fold.validation_loss < fold.best_loss:
-                fold.best_loss, fold.best_epoch, fold.validations_without_best = fold.validation_loss, epoch, 0
-                fold.best = self.packed.networks(self._rows(index))
-
-    def leave(self, stopped: Sequence[Fold]) -> None:
-        """Take folds that have stopped out of the stack."""
-        stay = [index for index, fold in enumerate(self.folds) if fold not in stopped]
-        networks = [network for index in stay for network in range(*self._rows(index).indices(len(self.packed.weights)))]
-        self.folds = [self.folds[index] for index in stay]
-        if self.folds:
-            self.packed = self.packed.networks(networks)
-            self._arrange()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the rest of the training depends on: tensors and JSON."""
-        tensors = {"weights": self.packed.weights, "statistics": self.packed.statistics}
-        for fold in self.folds:
-            if fold.best is not None:
-                tensors[f"fold_{fold.number}.best_weights"] = fold.best.weights
-                tensors[f"fold_{fold.number}.best_statistics"] = fold.best.statistics
-            for member, state in fold.optimizer.state_dict()["state"].items():
-                for name, value in state.items():
-                    tensors[f"fold_{fold.number}.optimizer.{member}.{name}"] = value
-        return tensors, {"folds": [fold.record() for fold in self.folds]}
-
-    def load_state(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Continue from a state; folds that it does not name have finished and leave the stack."""
-        kept = {entry["number"]: entry for entry in record["folds"]}
-        self.leave([fold for fold in self.folds if fold.number not in kept])
-        self.packed.weights.copy_(tensors["weights"])
-        self.packed.statistics.copy_(tensors["statistics"])
-        for fold in self.folds:
-            prefix = f"fold_{fold.number}."
-            entry = dict(kept[fold.number])
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                if name.startswith(prefix + "optimizer."):
-                    member, key = name.removeprefix(prefix + "optimizer.").split(".")
-                    state.setdefault(int(member), {})[key] = tensor.clone()
-            groups = fold.optimizer.state_dict()["param_groups"]
-            fold.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            scheduler, rate = entry.pop("scheduler"), entry.pop("rate")
-            if scheduler is not None:
-                fold.scheduler = make_scheduler(self.recipe, fold.optimizer, self.epochs)
-                fold.scheduler.load_state_dict(scheduler)
-            for group in fold.optimizer.param_groups:
-                group["lr"] = rate
-            if prefix + "best_weights" in tensors:
-                weights = tensors[prefix + "best_weights"].to(self.device)
-                statistics = tensors[prefix + "best_statistics"].to(self.device)
-                fold.best = Packed(weights, torch.zeros_like(weights), statistics)
-            for name, value in entry.items():
-                setattr(fold, name, value)
 
 
-def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    """(sample, ...) tensors of several lengths as one (fold, sample, ...), padded with zeros at the end."""
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+def _side_by_side(tensors: list[Tensor], rows: int = 0) -> Tensor:
+    """(sample, ...) tensors of several lengths as one (fold, sample, ...), padded with zeros to at least `rows`."""
+    longest = max(rows, *(len(tensor) for tensor in tensors))
+    return torch.stack([torch.cat([t, t.new_zeros(longest - len(t), *t.shape[1:])]) for t in tensors])
 
 
-def member_states(stack: nn.Module, best: Packed) -> list[dict[str, Tensor]]:
-    """Weights of each member of a fold's best ensemble, in PyTorch's plain layout."""
-    bind(stack, best)
-    return [network_state(stack, member) for member in range(len(best.weights))]
+def member_states(stack: nn.Module, weights: Tensor, statistics: Tensor) -> list[dict[str, Tensor]]:
+    """State dict of each member of a fold, in PyTorch's plain layout, from its packed tensors."""
+    bind(stack, Packed(weights, torch.zeros_like(weights), statistics))
+    return [network_state(stack, member) for member in range(len(weights))]

@@ -1,0 +1,91 @@
+"""Folds shared among processes: who trains what, and that it does not show in a result."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PROJECT, environment
+
+from utils.fold_processes import next_stack
+from utils.stacked_training import FoldState, Tensors
+
+FLAGS = ("--dataset", "demo", "--num_channels", "8 8 8 8", "--stem_channels", "8", "--batch_size", "64")
+
+
+def start(folder: Path, processes: int, *flags: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    environ = environment() | {"OMP_NUM_THREADS": str(processes), "SECONDS_BETWEEN_CHECKPOINTS": "0"}
+    command = [sys.executable, str(PROJECT / "main.py"), *FLAGS, *flags]
+    return subprocess.Popen(command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_processes(run: subprocess.Popen[str], epoch: int) -> list[psutil.Process]:
+    """The processes of a run that has reached an epoch."""
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith(f"[*] Epoch: {epoch}"):
+            return psutil.Process(run.pid).children()
+    pytest.fail("the run ended before")
+
+
+def state(number: int, epoch: int) -> FoldState:
+    return FoldState(number, epoch, Tensors())
+
+
+def test_a_free_process_takes_the_folds_furthest_behind_that_are_at_one_epoch() -> None:
+    waiting = [state(1, 20), state(2, 10), state(3, 10), state(4, 10), state(5, 20)]
+    assert [one.number for one in next_stack(waiting, 2)] == [2, 3]
+    assert [one.number for one in next_stack(waiting, 5)] == [2, 3, 4]
+
+
+def test_figures_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """A rate too high for the network makes folds stop one after the other, so that stacks change."""
+    outcomes = []
+    for processes in (1, 3):
+        folder = tmp_path / str(processes)
+        run = start(folder, processes, "--epochs", "45", "--warmup_epochs", "4", "--lr", "0.05")
+        output, errors = run.communicate(timeout=200)
+        assert run.returncode == 0, errors
+        said = [line for line in output.splitlines() if " time " not in line and "Throughput" not in line]
+        stops = {line for line in said if "Early stopping" in line}
+        losses = [line for line in said if line not in stops]
+        outcomes.append(((folder / "predictions.csv").read_bytes(), losses, stops))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][2]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_its_run(tmp_path: Path, end: signal.Signals) -> None:
+    run = start(tmp_path, 2, "--epochs", "400", "--warmup_epochs", "1")
+    processes = wait_for_processes(run, 1)
+    assert len(processes) == 2
+    run.send_signal(end)
+    _, errors = run.communicate(timeout=20)
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+def test_a_process_that_the_system_ends_is_told_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    run = start(tmp_path, 2, "--epochs", "30", "--warmup_epochs", "1")
+    for process in wait_for_processes(run, 10):
+        process.kill()
+    _, errors = run.communicate(timeout=20)
+    assert run.returncode == 2
+    assert "the system ended a process of the training, probably for want of memory" in errors
+    assert "Traceback" not in errors
+    again = start(tmp_path, 2, "--epochs", "30", "--warmup_epochs", "1")
+    output, errors = again.communicate(timeout=100)
+    assert again.returncode == 0 and "Resuming after epoch" in output, errors
+
+
+def test_a_diverging_fold_ends_the_run_and_its_processes(tmp_path: Path) -> None:
+    run = start(tmp_path, 2, "--lr", "1e30", "--epochs", "30", "--warmup_epochs", "0")
+    started = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "the training diverged; a lower lr is needed" in errors
+    assert "Traceback" not in errors and time.monotonic() - started < 60
