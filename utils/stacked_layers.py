@@ -175,17 +175,36 @@ class _TapConvolution(torch.autograd.Function):
         return None if dx is None else dx.view_as(x), dweight, None, None
 
 
-def _unfolded_convolution(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
-    """Convolution as one product with an unfolded input.
+class _UnfoldedConvolution(torch.autograd.Function):
+    """Convolution over the steps as one product with an unfolded input.
 
     For strides, where the steps of a tap are not adjacent, and for bfloat16, where a
     product a tap would round each partial sum to 8 bits.
     """
-    kernel = weight.shape[1]
-    padded = F.pad(x, (0, 0, 0, 0, *padding))
-    last = padded.shape[1] - kernel + 1
-    unfolded = torch.cat([padded[:, tap : tap + last : stride] for tap in range(kernel)], dim=3)
-    return torch.bmm(unfolded.flatten(1, 2), weight.flatten(1, 2)).unflatten(1, unfolded.shape[1:3])
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+        kernel = weight.shape[1]
+        padded = F.pad(x, (0, 0, 0, 0, *padding))
+        last = padded.shape[1] - kernel + 1
+        ctx.steps_of_taps = [slice(tap, tap + last, stride) for tap in range(kernel)]
+        unfolded = torch.cat([padded[:, steps] for steps in ctx.steps_of_taps], dim=3)
+        ctx.shape, ctx.inner = padded.shape, slice(padding[0], padding[0] + x.shape[1])
+        ctx.save_for_backward(unfolded, weight)
+        return torch.bmm(unfolded.flatten(1, 2), weight.flatten(1, 2)).unflatten(1, unfolded.shape[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        unfolded, weight = ctx.saved_tensors
+        dy = gradients[0].flatten(1, 2)
+        dweight = torch.bmm(unfolded.flatten(1, 2).transpose(1, 2), dy).view_as(weight)
+        if not ctx.needs_input_grad[0]:
+            return None, dweight, None, None
+        by_tap = torch.bmm(dy, weight.flatten(1, 2).transpose(1, 2)).view_as(unfolded).chunk(weight.shape[1], dim=3)
+        dpadded = dy.new_zeros(ctx.shape)
+        for steps, part in zip(reversed(ctx.steps_of_taps), reversed(by_tap), strict=True):
+            dpadded[:, steps] += part
+        return dpadded[:, ctx.inner].contiguous(), dweight, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -259,10 +278,11 @@ class _BatchNormInTurn(torch.autograd.Function):
         rows = x.flatten(1, 2)
         y = torch.empty_like(rows)
         moments = x.new_empty(2, *weight.shape)
-        for n in range(len(rows)):
+        each = zip(*(t.unbind() for t in (rows, weight, bias, *running, y, *moments)), strict=True)
+        for own_rows, own_weight, own_bias, running_mean, running_var, own_y, mean, rstd in each:
             torch.ops.aten.native_batch_norm.out(
-                rows[n], weight[n], bias[n], running[0][n], running[1][n], True, momentum, eps,
-                out=y[n], save_mean=moments[0, n], save_invstd=moments[1, n],
+                own_rows, own_weight, own_bias, running_mean, running_var, True, momentum, eps,
+                out=own_y, save_mean=mean, save_invstd=rstd,
             )  # fmt: skip
         if relu:
             y.relu_()
@@ -276,12 +296,14 @@ class _BatchNormInTurn(torch.autograd.Function):
         rows, dy = x.flatten(1, 2), gradients[0].flatten(1, 2)
         if ctx.relu:
             dy = torch.ops.aten.threshold_backward(dy, after[0], 0)
-        dx, dweight, dbias = torch.empty_like(rows), torch.empty_like(weight), torch.empty_like(weight)
-        for n in range(len(rows)):
-            torch.ops.aten.native_batch_norm_backward.out(
-                dy[n], rows[n], weight[n], None, None, moments[0, n], moments[1, n], True, ctx.eps, [True, True, True],
-                out0=dx[n], out1=dweight[n], out2=dbias[n],
-            )  # fmt: skip
+        each = zip(*(t.unbind() for t in (dy, rows, weight, *moments)), strict=True)
+        of_networks = [
+            torch.ops.aten.native_batch_norm_backward(
+                own_dy, own_rows, own_weight, None, None, mean, rstd, True, ctx.eps, [True, True, True]
+            )
+            for own_dy, own_rows, own_weight, mean, rstd in each
+        ]
+        dx, dweight, dbias = (torch.stack(parts) for parts in zip(*of_networks, strict=True))
         return dx.view_as(x), dweight, dbias, None, None, None, None
 
 
@@ -319,7 +341,7 @@ class Conv(nn.Module):
             y = _TapConvolution.apply(x.contiguous(), self.weight, self.padding[0], steps_out)
         else:
             product = x.dtype if self.product == torch.float32 else self.product
-            y = _unfolded_convolution(x.to(product), self.weight.to(product), self.stride, self.padding).to(x.dtype)
+            y = _UnfoldedConvolution.apply(x.to(product), self.weight.to(product), self.stride, self.padding).to(x.dtype)
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
