@@ -8,10 +8,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PROJECT, environment
+import torch
+from conftest import DEFAULTS, PROJECT, environment
 
-from utils.fold_processes import next_stack
-from utils.stacked_training import FoldState, Tensors
+from models import make_stack
+from utils.fold_processes import fold_processes, next_stack
+from utils.recipes import recipe_for
+from utils.stacked_training import FoldData, FoldState, StackTraining, Tensors
 
 FLAGS = ("--dataset", "demo", "--num_channels", "8 8 8 8", "--stem_channels", "8", "--batch_size", "64")
 
@@ -56,6 +59,27 @@ def test_figures_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
         outcomes.append(((folder / "predictions.csv").read_bytes(), losses, stops))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][2]
+
+
+def test_the_last_fold_of_a_resumed_run_trains_on_one_thread_too() -> None:
+    """Two threads round otherwise, and the figures would not be those of an undisturbed run."""
+    x, y = torch.randn(2, 80, 10, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(10, 30, 80)
+    recipe, device = recipe_for("ResNet18T", DEFAULTS), torch.device("cpu")
+    data = FoldData(x[0], y, x[1], y)
+    training = StackTraining(make_stack("ResNet18T", 1, 10, 16, DEFAULTS), [data], 1, recipe, 32, 9, 9, 1, "32", device)
+    state = training.initial_state(1)._replace(epoch=1, rate=0.001)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        (expected,) = training.advance([state])
+        torch.set_num_threads(2)
+        with fold_processes(training, [state]) as processes:
+            processes.keep_busy([state])
+            (shared,) = processes.collect(60)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(shared.state.tensors["weights"], expected.state.tensors["weights"])
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])

@@ -110,16 +110,16 @@ def _advance(states: Sequence[FoldState]) -> list[Advance]:
 def fold_processes(training: StackTraining, states: Sequence[FoldState]) -> Iterator[FoldProcesses]:
     """As many processes as PyTorch has threads, but not more than folds; they end with the block."""
     threads = torch.get_num_threads()
-    count = min(threads, len(states)) if training.device.type == "cpu" and sys.platform == "linux" else 1
     fork = multiprocessing.get_context("fork")
     epochs_done = fork.RawArray("q", max(state.number for state in states) + 1)
     for state in states:
         epochs_done[state.number] = state.epoch
-    if count == 1:
+    if threads == 1 or training.device.type != "cpu" or sys.platform != "linux":
         with ThreadPoolExecutor(1, initializer=_begin, initargs=(training, epochs_done)) as thread:
-            yield FoldProcesses(count, epochs_done, thread)
+            yield FoldProcesses(1, epochs_done, thread)
         return
     torch.set_num_threads(1)  # here, too, so that test predictions do not depend on the machine's threads
+    count = min(threads, len(states))
     executor = ProcessPoolExecutor(count, fork, _begin_process, (training, epochs_done))
     try:
         yield FoldProcesses(count, epochs_done, executor)
