@@ -423,8 +423,9 @@ def train_phase(run: Run, training: StackTraining, processes: FoldProcesses, sta
             run.save_if_due()
             busy = processes.in_training()
             advances = processes.collect(SECONDS_BETWEEN_LOOKS)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            run.share_time(seconds, busy)
+            now = time.perf_counter()
+            run.share_time(now - clock, busy)
+            clock = now
             for advance in advances:
                 take_in(run, advance)
             while reported < min(end, run.epochs_done()):

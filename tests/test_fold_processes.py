@@ -100,7 +100,7 @@ def test_a_process_that_the_system_ends_is_told_and_the_run_goes_on_later(tmp_pa
         process.kill()
     _, errors = run.communicate(timeout=20)
     assert run.returncode == 2
-    assert "the system ended a process of the training, probably for want of memory" in errors
+    assert "the system ended a process of the training, probably for want of memory; to go on" in errors
     assert "Traceback" not in errors
     again = start(tmp_path, 2, "--epochs", "30", "--warmup_epochs", "1")
     output, errors = again.communicate(timeout=100)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from utils.errors import InputError
+from utils.runs import how_to_resume
 from utils.stacked_training import Advance, FoldState, StackTraining
 
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
@@ -64,7 +65,10 @@ class FoldProcesses:
         try:
             return [advance for future in finished for advance in future.result()]
         except BrokenProcessPool as error:
-            raise InputError("the system ended a process of the training, probably for want of memory") from error
+            raise InputError(
+                f"the system ended a process of the training, probably for want of memory; to go on from the last saved "
+                f"epoch: {how_to_resume()}"
+            ) from error
 
 
 def next_stack(waiting: Sequence[FoldState], share: int) -> list[FoldState]:
@@ -110,8 +114,7 @@ def _advance(states: Sequence[FoldState]) -> list[Advance]:
 def fold_processes(training: StackTraining, states: Sequence[FoldState]) -> Iterator[FoldProcesses]:
     """As many processes as PyTorch has threads, but not more than folds; they end with the block."""
     threads = torch.get_num_threads()
-    fork = multiprocessing.get_context("fork")
-    epochs_done = fork.RawArray("q", max(state.number for state in states) + 1)
+    epochs_done = multiprocessing.RawArray("q", max(state.number for state in states) + 1)
     for state in states:
         epochs_done[state.number] = state.epoch
     if threads == 1 or training.device.type != "cpu" or sys.platform != "linux":
@@ -120,7 +123,7 @@ def fold_processes(training: StackTraining, states: Sequence[FoldState]) -> Iter
         return
     torch.set_num_threads(1)  # here, too, so that test predictions do not depend on the machine's threads
     count = min(threads, len(states))
-    executor = ProcessPoolExecutor(count, fork, _begin_process, (training, epochs_done))
+    executor = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin_process, (training, epochs_done))
     try:
         yield FoldProcesses(count, epochs_done, executor)
     finally:
