@@ -23,7 +23,7 @@ from utils.runs import choose_device, keep_freed_memory
 from utils.stacked_training import FoldData, StackTraining
 
 ROWS, BATCH, FOLDS = 315, 32, 5
-SECONDS_SHARED = 10
+SECONDS_SHARED = 6
 FLAGS = main_operation.parser.parse_flags([])
 
 
