@@ -150,3 +150,26 @@ def test_a_network_state_survives_the_way_through_the_plain_layout() -> None:
     assert state["weight"].shape == (4, 3, 5)
     load_network_state(conv, 1, state)
     assert torch.equal(conv.weight[0], conv.weight[1]) and torch.equal(conv.bias[0], conv.bias[1])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_alone_rounds_as_it_does_beside_others(bias: bool) -> None:
+    """Outputs and gradients of a linear map to one feature, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        stack = Linear(3, 64, 1, bias)
+        x = torch.randn(3, 100, 64, generator=generator)
+        upstream = torch.randn(3, 100, 1, generator=generator).sign() / 100
+        for parameter in stack.parameters():
+            parameter.data.normal_(generator=generator)
+        y = stack(x)
+        gradients = torch.autograd.grad(y, list(stack.parameters()), upstream)
+        alone = Linear(1, 64, 1, bias)
+        for parameter, source in zip(alone.parameters(), stack.parameters(), strict=True):
+            parameter.data = source.data[1:2]
+        own = alone(x[1:2])
+        assert torch.equal(own, y[1:2])
+        for gradient, expected in zip(
+            torch.autograd.grad(own, list(alone.parameters()), upstream[1:2]), gradients, strict=True
+        ):
+            assert torch.equal(gradient, expected[1:2])

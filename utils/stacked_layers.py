@@ -395,10 +395,12 @@ class Linear(nn.Module):
         """(network, ..., feature in) to (network, ..., feature out)."""
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         weight: Tensor = self.weight
+        bias = None if self.bias is None else self.bias.unsqueeze(1)
         if len(rows) == 1 and weight.shape[2] == 1:
             # A lone product with a vector is rounded otherwise than one among others; two networks do not depend on a third.
             rows, weight = rows.expand(2, -1, -1), weight.expand(2, -1, -1)
-        y = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), rows, weight)
+            bias = None if bias is None else bias.expand(2, -1, -1)
+        y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
         return y[: len(x)].view(*x.shape[:-1], -1)
 
 

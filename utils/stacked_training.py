@@ -8,7 +8,8 @@ member n % members of the fold n // members.
 
 Every random draw has its own generator, seeded from (seed, purpose, fold, ...), and
 padding depends on all folds of the run, so that on one thread a fold trains the same
-way, bit for bit, alone, beside any others, or after an interruption.
+way, bit for bit, alone, beside any others it may share a stack with, or after an
+interruption.
 """
 
 import math
@@ -226,7 +227,7 @@ class StackTraining:
             parameters = [nn.Parameter(weights) for weights in self._initial.weights[self._rows(number - 1)]]
             optimizer = make_optimizer(recipe, parameters)
             self.all_folds[number] = _Fold(number, data, optimizer, make_scheduler(recipe, optimizer, epochs))
-        self._validation_rows = max(len(data.validation_y) for data in folds)
+        self._validation_rows = _aligned(max(len(data.validation_y) for data in folds))
         self._fewest_rows = min(len(data.train_y) for data in folds)
         self._folds: list[_Fold] = []
 
@@ -250,6 +251,15 @@ class StackTraining:
         """Whether the fold is validated after so many epochs: after the first training epoch and every tenth."""
         epoch = epochs_done - self.warmup_epochs
         return epoch == 1 or (epoch > 0 and epoch % 10 == 0)
+
+    def may_share_a_stack(self) -> bool:
+        """Whether folds on a CPU train the same way, bit for bit, in one stack as alone.
+
+        MKL's products round by where in a cache line their matrices begin; so every network's matrices, of weights
+        and of activations, must begin where the first one's do.
+        """
+        matrices = (p[0] for p in self.stack.parameters() if p.ndim > 2 and p.shape[-1] > 1)
+        return self.batch_size % ALIGNMENT == 0 and all(matrix.numel() % ALIGNMENT == 0 for matrix in matrices)
 
     def advance(self, states: Sequence[FoldState], done: Callable[[int], None] = lambda _: None) -> list[Advance]:
         """Train folds that have done the same number of epochs to their next stop, and validate them if it is time.
