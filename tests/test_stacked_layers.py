@@ -9,6 +9,7 @@ from utils.stacked_layers import (
     BatchNorm,
     Conv,
     Dropout,
+    Linear,
     average_steps,
     load_network_state,
     network_state,
