@@ -1,5 +1,6 @@
 """Folds shared among processes: who trains what, and that it does not show in a result."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -126,11 +127,11 @@ def test_a_process_that_the_system_ends_is_told_and_the_run_goes_on_later(tmp_pa
 
 
 def test_a_process_that_ended_while_it_was_idle_is_told(training: StackTraining) -> None:
-    state = training.initial_state(1)
+    state, others = training.initial_state(1), multiprocessing.active_children()
     with fold_processes(training, [state]) as processes:
-        (process,) = psutil.Process().children()
+        (process,) = [one for one in multiprocessing.active_children() if one not in others]
         process.kill()
-        process.wait(10)
+        process.join(10)
         with pytest.raises(InputError, match="the system ended a process of the training"):
             processes.keep_busy([state])
 
@@ -144,9 +145,9 @@ def test_a_diverging_fold_ends_the_run(tmp_path: Path) -> None:
 
 def test_without_fork_this_process_trains_all_folds(training: StackTraining, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    states = [training.initial_state(number) for number in (1, 2)]
+    states, others = [training.initial_state(number) for number in (1, 2)], multiprocessing.active_children()
     with fold_processes(training, states) as processes:
-        assert not psutil.Process().children()
+        assert multiprocessing.active_children() == others
         processes.keep_busy(states)
         assert processes.in_training() == [1, 2]
         advances = processes.collect(0)

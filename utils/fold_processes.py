@@ -158,4 +158,5 @@ def fold_processes(training: StackTraining, states: Sequence[FoldState]) -> Iter
     finally:
         for process in processes:
             process.kill()
+            process.join()
         torch.set_num_threads(threads)
