@@ -99,16 +99,22 @@ def one_stack(training: StackTraining) -> Callable[[int], float]:
 
 
 def shared(training: StackTraining) -> Callable[[int], float]:
-    """As in a run: folds shared among processes, from their start to some seconds later."""
+    """As in a run: folds shared among processes, for some seconds after each has done its first epoch."""
 
     def way(_: int) -> float:
         states = {number: training.initial_state(number) for number in range(1, FOLDS + 1)}
         with fold_processes(training, list(states.values())) as processes:
+
+            def train_while(go_on: Callable[[], bool]) -> int:
+                while go_on():
+                    processes.keep_busy(list(states.values()))
+                    states.update({one.state.number: one.state for one in processes.collect(0.1)})
+                return sum(processes.epochs_done)
+
+            before = train_while(lambda: min(processes.epochs_done[1:]) == 0)
             started = time.perf_counter()
-            while time.perf_counter() < started + SECONDS_SHARED:
-                processes.keep_busy(list(states.values()))
-                states |= {one.state.number: one.state for one in processes.collect(0.1)}
-            return training.members * sum(processes.epochs_done) / (time.perf_counter() - started)
+            after = train_while(lambda: time.perf_counter() < started + SECONDS_SHARED)
+            return training.members * (after - before) / (time.perf_counter() - started)
 
     return way
 
