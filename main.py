@@ -254,6 +254,7 @@ class Run:
         self.results: dict[int, Result] = {}
         self.progress: dict[int, FoldProgress] = {}
         self.counts = {"network_epochs": 0.0, "network_seconds": 0.0}
+        self.shares: dict[int, float] = {}
         self.note = " (simulated)" if table.simulated else ""
         self.size: dict[str, float] = {"params": -1}
         self.saved_at, self.unsaved = time.perf_counter(), False
@@ -272,6 +273,8 @@ class Run:
 
     def _continue(self, path: Path) -> None:
         tensors, record = read_tensors(path)
+        if "progress" not in record:
+            raise InputError(f"{path.absolute()} is of an earlier version of this project; without it the run starts anew")
         refuse_other_flags(path.absolute(), record["identity"], self.identity)
 
         def named(prefix: str) -> Tensors:
@@ -333,10 +336,9 @@ class Run:
         self.saved_at, self.unsaved = -math.inf, True  # due at once
 
     def share_time(self, seconds: float, numbers: Sequence[int]) -> None:
-        """Count the seconds towards the folds that were training."""
+        """Count the seconds towards the folds that were training, to be theirs once that training is taken in."""
         for number in numbers:
-            self.progress[number].seconds += seconds / len(numbers)
-        self.counts["network_seconds"] += seconds
+            self.shares[number] = self.shares.get(number, 0.0) + seconds / len(numbers)
 
     def save_if_due(self) -> None:
         """Write the checkpoint if there is something new and the last one is old."""
@@ -442,6 +444,9 @@ def take_in(run: Run, advance: Advance) -> None:
     fold = run.progress[number]
     fold.go_on(advance, warmup)
     run.log_losses(number, advance.records)
+    share = run.shares.pop(number)
+    fold.seconds += share
+    run.counts["network_seconds"] += share
     run.counts["network_epochs"] += len(advance.records) * run.flags["ensemble_count"]
     run.unsaved = True
     epoch = advance.state.epoch - warmup

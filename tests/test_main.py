@@ -27,7 +27,7 @@ from main import Run
 from models import ESTIMATORS, make_stack
 from utils.figures import scatter
 from utils.metrics import score
-from utils.runs import CHECKPOINT, read_tensors
+from utils.runs import CHECKPOINT, read_tensors, write_tensors
 from utils.stacked_layers import load_network_state
 from utils.stacked_training import StackTraining, predict
 
@@ -350,6 +350,12 @@ def test_a_checkpoint_is_not_continued_with_other_flags(tmp_path: Path, run_scri
     done = run_script("main.py", *LONG, "seed=7")
     assert done.returncode == 2
     assert "is of a run with seed=42, but seed=7 was given; go on with the former" in done.stderr
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+    write_tensors(tmp_path / CHECKPOINT, {}, {"identity": {}, "epochs_done": 10})
+    done = run_main(*SHORT)
+    assert done.returncode == 2 and "is of an earlier version of this project; without it the run starts anew" in done.stderr
 
 
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_script: Runner, tmp_path: Path) -> None:
