@@ -151,10 +151,10 @@ def test_packing_keeps_every_value() -> None:
     stack = make_stack("Transformer", 2, 10, 16, DEFAULTS)
     stack.initialise([torch.Generator().manual_seed(n) for n in range(2)])
     before = {name: tensor.clone() for name, tensor in stack.state_dict().items()}
-    packed = pack(stack)
+    weights, _ = pack(stack)
     for name, tensor in stack.state_dict().items():
         assert torch.equal(tensor, before[name])
-    packed.weights.zero_()
+    weights.zero_()
     assert not any(parameter.any() for parameter in stack.parameters())
 
 

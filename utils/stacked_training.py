@@ -50,17 +50,8 @@ class FoldData:
     validation_y: Tensor
 
 
-@dataclass
-class Packed:
-    """The weights of a stack as one (network, weight) array; the layers' parameters are views of it."""
-
-    weights: Tensor
-    gradients: Tensor
-    statistics: Tensor
-
-
-def pack(stack: nn.Module) -> Packed:
-    """Move the stack's parameters and buffers into packed storage."""
+def pack(stack: nn.Module) -> tuple[Tensor, Tensor]:
+    """Move the stack's parameters and buffers into packed storage, one (network, value) array each, and give it."""
     arrays = []
     networks = next(stack.parameters()).shape[0]
     for tensors in ([p.data for p in stack.parameters()], list(_network_buffers(stack).values())):
@@ -69,9 +60,8 @@ def pack(stack: nn.Module) -> Packed:
         for view, tensor in zip(_views(arrays[-1], tensors), tensors, strict=True):
             view.copy_(tensor)
     weights, statistics = arrays
-    packed = Packed(weights, torch.zeros_like(weights), statistics)
-    bind(stack, packed)
-    return packed
+    bind(stack, weights, statistics)
+    return weights, statistics
 
 
 def _views(array: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -84,13 +74,13 @@ def _views(array: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return views
 
 
-def bind(stack: nn.Module, packed: Packed) -> None:
+def bind(stack: nn.Module, weights: Tensor, statistics: Tensor) -> None:
     """Make the stack's parameters and buffers views of packed storage, which sets how many networks it has."""
     parameters = list(stack.parameters())
-    for parameter, view in zip(parameters, _views(packed.weights, parameters), strict=True):
+    for parameter, view in zip(parameters, _views(weights, parameters), strict=True):
         parameter.data = view
     buffers = _network_buffers(stack)
-    for name, view in zip(buffers, _views(packed.statistics, list(buffers.values())), strict=True):
+    for name, view in zip(buffers, _views(statistics, list(buffers.values())), strict=True):
         owner, _, attribute = name.rpartition(".")
         setattr(stack.get_submodule(owner), attribute, view)
 
@@ -222,11 +212,11 @@ class StackTraining:
         stack.to(device)
         set_product_dtype(stack, torch.bfloat16 if precision == "bf16" else torch.float32)
         self._initial = pack(stack)
-        self.all_folds: dict[int, _Fold] = {}
+        self._all_folds: dict[int, _Fold] = {}
         for number, data in zip(numbers, folds, strict=True):
-            parameters = [nn.Parameter(weights) for weights in self._initial.weights[self._rows(number - 1)]]
+            parameters = [nn.Parameter(weights) for weights in self._initial[0][self._rows(number - 1)]]
             optimizer = make_optimizer(recipe, parameters)
-            self.all_folds[number] = _Fold(number, data, optimizer, make_scheduler(recipe, optimizer, epochs))
+            self._all_folds[number] = _Fold(number, data, optimizer, make_scheduler(recipe, optimizer, epochs))
         self._validation_rows = _aligned(max(len(data.validation_y) for data in folds))
         self._fewest_rows = min(len(data.train_y) for data in folds)
         self._folds: list[_Fold] = []
@@ -238,8 +228,8 @@ class StackTraining:
     def initial_state(self, number: int) -> FoldState:
         """The state of a fold before its first epoch."""
         rows = self._rows(number - 1)
-        weights, statistics = self._initial.weights[rows], self._initial.statistics[rows]
-        return FoldState(number, 0, Tensors(weights=weights, statistics=statistics))
+        weights, statistics = self._initial
+        return FoldState(number, 0, Tensors(weights=weights[rows], statistics=statistics[rows]))
 
     def next_stop(self, epochs_done: int) -> int:
         """Epochs done at a fold's next stop: the first, every tenth and the last of warm-up and of training."""
@@ -297,10 +287,9 @@ class StackTraining:
             ]
             for each in by_fold
         ]
-        if self.is_validated(end):
-            for fold, own in zip(self._folds, records, strict=True):
-                own[-1]["loss_val"] = fold.validation_loss
         for fold, own in zip(self._folds, records, strict=True):
+            if self.is_validated(end):
+                own[-1]["loss_val"] = fold.validation_loss
             _refuse_divergence(fold.number, own)
         return [Advance(self._state(index, end), own) for index, own in enumerate(records)]
 
@@ -308,16 +297,17 @@ class StackTraining:
         """Make the stack that of these folds, in these states."""
         weights = torch.cat([state.tensors["weights"] for state in states]).to(self.device)
         statistics = torch.cat([state.tensors["statistics"] for state in states]).to(self.device)
-        self._packed = Packed(weights, torch.zeros_like(weights), statistics)
-        bind(self.stack, self._packed)
+        gradients = torch.zeros_like(weights)
+        bind(self.stack, weights, statistics)
+        self._packed = weights, statistics
         self._parameters = list(self.stack.parameters())
-        self._gradients = _views(self._packed.gradients, self._parameters)
+        self._gradients = _views(gradients, self._parameters)
         numbers = [fold.number for fold in self._folds]
-        self._folds = [self.all_folds[state.number] for state in states]
+        self._folds = [self._all_folds[state.number] for state in states]
         for index, (fold, state) in enumerate(zip(self._folds, states, strict=True)):
             for member, parameter in enumerate(fold.optimizer.param_groups[0]["params"]):
                 row = index * self.members + member
-                parameter.data, parameter.grad = weights[row], self._packed.gradients[row]
+                parameter.data, parameter.grad = weights[row], gradients[row]
                 prefix = f"{member}."
                 fold.optimizer.state[parameter] = {
                     name.removeprefix(prefix): tensor.to(self.device, copy=True)
@@ -336,7 +326,8 @@ class StackTraining:
     def _state(self, index: int, epoch: int) -> FoldState:
         """The present state of the fold at this place of the stack."""
         fold, rows = self._folds[index], self._rows(index)
-        tensors = Tensors(weights=self._packed.weights[rows].clone(), statistics=self._packed.statistics[rows].clone())
+        weights, statistics = self._packed
+        tensors = Tensors(weights=weights[rows].clone(), statistics=statistics[rows].clone())
         for member, parameter in enumerate(fold.optimizer.param_groups[0]["params"]):
             for name, tensor in fold.optimizer.state[parameter].items():
                 tensors[f"{member}.{name}"] = tensor.clone()
@@ -435,5 +426,5 @@ def _side_by_side(tensors: list[Tensor], rows: int = 0) -> Tensor:
 
 def member_states(stack: nn.Module, weights: Tensor, statistics: Tensor) -> list[dict[str, Tensor]]:
     """State dict of each member of a fold, in PyTorch's plain layout, from its packed tensors."""
-    bind(stack, Packed(weights, torch.zeros_like(weights), statistics))
+    bind(stack, weights, statistics)
     return [network_state(stack, member) for member in range(len(weights))]
