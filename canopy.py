@@ -6,6 +6,7 @@ from its last validation.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -236,6 +237,9 @@ def main() -> None:
     with ending_together(fabric):
         experiment(flags, fabric, cache, net.margin, told)
     if torch.distributed.is_initialized():
+        # The group's threads end with its last reference, one of which the network has. A thread that lets go of a
+        # tensor while Python shuts down would end this process, and with it all others.
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -252,7 +256,7 @@ def experiment(flags: dict[str, Any], fabric: "Fabric", cache: str, margin: int,
     if problem and fabric.is_global_zero:
         raise InputError(problem)
     if problem:
-        sys.exit()
+        return
     data = data or load_data(flags, cache, margin, told)
     net = make_network(flags, len(BANDS) + ANGLE_CHANNELS * data.with_angles)
     net.initialise(generator_for(flags["seed"], INITIAL_WEIGHTS))

@@ -295,14 +295,28 @@ def test_a_checkpoint_is_not_continued_with_other_flags(
     assert done.returncode == 2 and "seed=42" in done.stderr and "seed=7" in done.stderr
 
 
+NAME_THREADS_AT_EXIT = """
+import atexit, pathlib, threading
+@atexit.register
+def name_threads():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    pathlib.Path(f"threads_{threading.get_native_id()}").write_text("".join(names))
+"""
+
+
 def test_two_processes_end_where_one_ends(run_script: Runner, tiles: list[str], tmp_path: Path) -> None:
+    """None exits with its process group's threads alive: they abort now and then when Python shuts down under them."""
+    (tmp_path / "sitecustomize.py").write_text(NAME_THREADS_AT_EXIT)
+    environ = environment() | {"PYTHONPATH": str(tmp_path)}
     outcomes = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
         flags = [*tiles, f"devices={devices}"]
-        done = run_script("canopy.py", *SHORT, *flags, cwd=folder)
+        done = run_script("canopy.py", *SHORT, *flags, cwd=folder, env=environ)
         assert done.returncode == 0, done.stderr
+        threads = [path.read_text() for path in folder.glob("threads_*")]
+        assert len(threads) == devices and "gloo" not in "".join(threads)
         document = json.loads((folder / "metrics.json").read_text())
         outcomes.append((document, read_tensors(folder / "models" / "last.safetensors")[0]))
     (one, weights), (two, others) = outcomes
