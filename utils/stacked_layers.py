@@ -175,36 +175,57 @@ class _TapConvolution(torch.autograd.Function):
         return None if dx is None else dx.view_as(x), dweight, None, None
 
 
+def _unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int]) -> Tensor:
+    """(network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded."""
+    if kernel == stride == 1:
+        return x
+    padded = F.pad(x, (0, 0, 0, 0, *padding))
+    return torch.cat([padded[:, steps] for steps in _steps_of_taps(padded.shape[1], kernel, stride)], dim=3)
+
+
+def _steps_of_taps(steps: int, kernel: int, stride: int) -> list[slice]:
+    """The padded steps that each tap reads, one for every output step."""
+    return [slice(tap, tap + steps - kernel + 1, stride) for tap in range(kernel)]
+
+
 class _UnfoldedConvolution(torch.autograd.Function):
     """Convolution over the steps as one product with an unfolded input.
 
     For strides, where the steps of a tap are not adjacent, and for bfloat16, where a
-    product a tap would round each partial sum to 8 bits.
+    product a tap would round each partial sum to 8 bits. All products take factors of
+    type `product`; what goes in and out is as it was.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
-        kernel = weight.shape[1]
-        padded = F.pad(x, (0, 0, 0, 0, *padding))
-        last = padded.shape[1] - kernel + 1
-        ctx.steps_of_taps = [slice(tap, tap + last, stride) for tap in range(kernel)]
-        unfolded = torch.cat([padded[:, steps] for steps in ctx.steps_of_taps], dim=3)
-        ctx.shape, ctx.inner = padded.shape, slice(padding[0], padding[0] + x.shape[1])
-        ctx.save_for_backward(unfolded, weight)
-        return torch.bmm(unfolded.flatten(1, 2), weight.flatten(1, 2)).unflatten(1, unfolded.shape[1:3])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], product: torch.dtype) -> Tensor:
+        kind, x, weight = x.dtype, x.to(product), weight.to(product)
+        unfolded = _unfold(x, weight.shape[1], stride, padding)
+        ctx.stride, ctx.padding, ctx.steps = stride, padding, x.shape[1]
+        ctx.unfolds_dy = stride == 1 and ctx.needs_input_grad[0]
+        ctx.save_for_backward(x if ctx.unfolds_dy else unfolded, weight)
+        return torch.bmm(unfolded.flatten(1, 2), weight.flatten(1, 2)).unflatten(1, unfolded.shape[1:3]).to(kind)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        unfolded, weight = ctx.saved_tensors
-        dy = gradients[0].flatten(1, 2)
-        dweight = torch.bmm(unfolded.flatten(1, 2).transpose(1, 2), dy).view_as(weight)
-        if not ctx.needs_input_grad[0]:
-            return None, dweight, None, None
-        by_tap = torch.bmm(dy, weight.flatten(1, 2).transpose(1, 2)).view_as(unfolded).chunk(weight.shape[1], dim=3)
-        dpadded = dy.new_zeros(ctx.shape)
-        for steps, part in zip(reversed(ctx.steps_of_taps), reversed(by_tap), strict=True):
-            dpadded[:, steps] += part
-        return dpadded[:, ctx.inner].contiguous(), dweight, None, None
+        saved, weight = ctx.saved_tensors
+        kind, dy, dx = gradients[0].dtype, gradients[0].to(weight.dtype), None
+        kernel, (left, right) = weight.shape[1], ctx.padding
+        saved_back = saved.flatten(1, 2).transpose(1, 2)
+        if ctx.unfolds_dy:
+            # The gradient of x is a convolution, too, of dy with the taps in reverse; that of the weights shares its input.
+            unfolded = _unfold(dy, kernel, 1, (kernel - 1 - left, kernel - 1 - right)).flatten(1, 2)
+            dx = torch.bmm(unfolded, weight.flip(1).transpose(2, 3).flatten(1, 2)).view_as(saved)
+            by_tap = torch.bmm(saved_back, unfolded).unflatten(2, (kernel, -1)).transpose(1, 2)
+            return dx.to(kind), by_tap.flip(1).to(kind), None, None, None
+        dweight = torch.bmm(saved_back, dy.flatten(1, 2)).view_as(weight)
+        if ctx.needs_input_grad[0]:
+            by_tap = torch.bmm(dy.flatten(1, 2), weight.flatten(1, 2).transpose(1, 2)).view_as(saved)
+            dpadded = dy.new_zeros(len(dy), left + ctx.steps + right, dy.shape[2], weight.shape[2])
+            steps_of_taps = _steps_of_taps(dpadded.shape[1], kernel, ctx.stride)
+            for steps, part in reversed(list(zip(steps_of_taps, by_tap.chunk(kernel, dim=3), strict=True))):
+                dpadded[:, steps] += part
+            dx = dpadded[:, left : left + ctx.steps].contiguous().to(kind)
+        return dx, dweight.to(kind), None, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -257,56 +278,6 @@ class _BatchNorm(torch.autograd.Function):
         return dx.view_as(gradients[0]), dweight.squeeze(1), dbias.squeeze(1), None, None, None
 
 
-class _BatchNormInTurn(torch.autograd.Function):
-    """The same for whole batches on a CPU: PyTorch's own kernels, one network after the other.
-
-    They do in two calls what takes `_BatchNorm` some twenty, of which a small stack feels every one. They update the
-    running statistics, too.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running: tuple[Tensor, Tensor],
-        momentum: float,
-        eps: float,
-        relu: bool,
-    ) -> Tensor:
-        rows = x.flatten(1, 2)
-        y = torch.empty_like(rows)
-        moments = x.new_empty(2, *weight.shape)
-        each = zip(*(t.unbind() for t in (rows, weight, bias, *running, y, *moments)), strict=True)
-        for own_rows, own_weight, own_bias, running_mean, running_var, own_y, mean, rstd in each:
-            torch.ops.aten.native_batch_norm.out(
-                own_rows, own_weight, own_bias, running_mean, running_var, True, momentum, eps,
-                out=own_y, save_mean=mean, save_invstd=rstd,
-            )  # fmt: skip
-        if relu:
-            y.relu_()
-        ctx.relu, ctx.eps = relu, eps
-        ctx.save_for_backward(x, weight, moments, *((y,) if relu else ()))
-        return y.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, moments, *after = ctx.saved_tensors
-        rows, dy = x.flatten(1, 2), gradients[0].flatten(1, 2)
-        if ctx.relu:
-            dy = torch.ops.aten.threshold_backward(dy, after[0], 0)
-        each = zip(*(t.unbind() for t in (dy, rows, weight, *moments)), strict=True)
-        of_networks = [
-            torch.ops.aten.native_batch_norm_backward(
-                own_dy, own_rows, own_weight, None, None, mean, rstd, True, ctx.eps, [True, True, True]
-            )
-            for own_dy, own_rows, own_weight, mean, rstd in each
-        ]
-        dx, dweight, dbias = (torch.stack(parts) for parts in zip(*of_networks, strict=True))
-        return dx.view_as(x), dweight, dbias, None, None, None, None
-
-
 class Conv(nn.Module):
     """A stack of 1-D convolutions, zero-padded.
 
@@ -341,7 +312,7 @@ class Conv(nn.Module):
             y = _TapConvolution.apply(x.contiguous(), self.weight, self.padding[0], steps_out)
         else:
             product = x.dtype if self.product == torch.float32 else self.product
-            y = _UnfoldedConvolution.apply(x.to(product), self.weight.to(product), self.stride, self.padding).to(x.dtype)
+            y = _UnfoldedConvolution.apply(x, self.weight, self.stride, self.padding, product)
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
@@ -367,8 +338,14 @@ class BatchNorm(nn.Module):
             y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
             return y.relu() if relu else y
         if mask is None and x.device.type == "cpu":
-            running = (self.running_mean, self.running_var)
-            return _BatchNormInTurn.apply(x.contiguous(), self.weight, self.bias, running, self.momentum, self.eps, relu)
+            # PyTorch's own kernels, one network after the other: two calls for what takes `_BatchNorm` some twenty.
+            tensors = (x.flatten(1, 2), self.weight, self.bias, self.running_mean, self.running_var)
+            normed = [
+                torch.batch_norm(rows, weight, bias, mean, variance, True, self.momentum, self.eps, False)
+                for rows, weight, bias, mean, variance in zip(*(tensor.unbind() for tensor in tensors), strict=True)
+            ]
+            y = torch.stack(normed).view_as(x)
+            return y.relu_() if relu else y
         y, mean, variance = _BatchNorm.apply(x.contiguous(), self.weight, self.bias, mask, self.eps, relu)
         with torch.no_grad():
             momentum: float | Tensor = self.momentum
