@@ -175,17 +175,17 @@ class _TapConvolution(torch.autograd.Function):
         return None if dx is None else dx.view_as(x), dweight, None, None
 
 
-def _unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int]) -> Tensor:
+def _unfold(x: Tensor, taps: Sequence[int], stride: int, padding: tuple[int, int]) -> Tensor:
     """(network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded."""
-    if kernel == stride == 1:
+    if len(taps) == stride == 1:
         return x
     padded = F.pad(x, (0, 0, 0, 0, *padding))
-    return torch.cat([padded[:, steps] for steps in _steps_of_taps(padded.shape[1], kernel, stride)], dim=3)
+    return torch.cat([padded[:, steps] for steps in _steps_of_taps(padded.shape[1], taps, stride)], dim=3)
 
 
-def _steps_of_taps(steps: int, kernel: int, stride: int) -> list[slice]:
+def _steps_of_taps(steps: int, taps: Sequence[int], stride: int) -> list[slice]:
     """The padded steps that each tap reads, one for every output step."""
-    return [slice(tap, tap + steps - kernel + 1, stride) for tap in range(kernel)]
+    return [slice(tap, tap + steps - len(taps) + 1, stride) for tap in taps]
 
 
 class _UnfoldedConvolution(torch.autograd.Function):
@@ -199,7 +199,7 @@ class _UnfoldedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], product: torch.dtype) -> Tensor:
         kind, x, weight = x.dtype, x.to(product), weight.to(product)
-        unfolded = _unfold(x, weight.shape[1], stride, padding)
+        unfolded = _unfold(x, range(weight.shape[1]), stride, padding)
         ctx.stride, ctx.padding, ctx.steps = stride, padding, x.shape[1]
         ctx.unfolds_dy = stride == 1 and ctx.needs_input_grad[0]
         ctx.save_for_backward(x if ctx.unfolds_dy else unfolded, weight)
@@ -213,15 +213,16 @@ class _UnfoldedConvolution(torch.autograd.Function):
         saved_back = saved.flatten(1, 2).transpose(1, 2)
         if ctx.unfolds_dy:
             # The gradient of x is a convolution, too, of dy with the taps in reverse; that of the weights shares its input.
-            unfolded = _unfold(dy, kernel, 1, (kernel - 1 - left, kernel - 1 - right)).flatten(1, 2)
-            dx = torch.bmm(unfolded, weight.flip(1).transpose(2, 3).flatten(1, 2)).view_as(saved)
-            by_tap = torch.bmm(saved_back, unfolded).unflatten(2, (kernel, -1)).transpose(1, 2)
-            return dx.to(kind), by_tap.flip(1).to(kind), None, None, None
+            outer = (kernel - 1 - left, kernel - 1 - right)
+            unfolded = _unfold(dy, range(kernel)[::-1], 1, outer).flatten(1, 2)
+            dx = torch.bmm(unfolded, weight.transpose(1, 2).flatten(2).transpose(1, 2)).view_as(saved)
+            dweight = torch.bmm(saved_back, unfolded).unflatten(2, (kernel, -1)).transpose(1, 2)
+            return dx.to(kind), dweight.to(kind), None, None, None
         dweight = torch.bmm(saved_back, dy.flatten(1, 2)).view_as(weight)
         if ctx.needs_input_grad[0]:
             by_tap = torch.bmm(dy.flatten(1, 2), weight.flatten(1, 2).transpose(1, 2)).view_as(saved)
             dpadded = dy.new_zeros(len(dy), left + ctx.steps + right, dy.shape[2], weight.shape[2])
-            steps_of_taps = _steps_of_taps(dpadded.shape[1], kernel, ctx.stride)
+            steps_of_taps = _steps_of_taps(dpadded.shape[1], range(kernel), ctx.stride)
             for steps, part in reversed(list(zip(steps_of_taps, by_tap.chunk(kernel, dim=3), strict=True))):
                 dpadded[:, steps] += part
             dx = dpadded[:, left : left + ctx.steps].contiguous().to(kind)
