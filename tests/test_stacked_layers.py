@@ -53,18 +53,26 @@ def test_convolution_and_its_gradients_are_those_of_conv1d(
         torch.testing.assert_close(dweight[network].permute(2, 1, 0), expected_dweight)
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(5, 1), (8, 1), (5, 2), (1, 2)])
-def test_low_precision_products_follow_the_same_convolution(kernel: int, stride: int) -> None:
-    conv = Conv(NETWORKS, 32, 16, kernel, stride)
+@pytest.mark.parametrize("first", [False, True], ids=["further layer", "first layer"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(1, 1, None), (5, 1, None), (8, 1, None), (8, 1, (4, 4)), (2, 1, (3, 0)), (5, 2, None), (1, 2, None)],
+)
+def test_low_precision_products_follow_the_same_convolution(
+    kernel: int, stride: int, padding: tuple[int, int] | None, first: bool
+) -> None:
+    """A first layer's input needs no gradient, which leaves its weights another way to theirs."""
+    conv = Conv(NETWORKS, 32, 16, kernel, stride, padding)
     nn.init.normal_(conv.weight, std=0.1)
-    x = random_input(32).float().requires_grad_()
+    x = random_input(32).float().requires_grad_(not first)
+    inputs = (conv.weight,) if first else (x, conv.weight)
     y = conv(x)
     upstream = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, (x, conv.weight), upstream)
+    gradients = torch.autograd.grad(y, inputs, upstream)
     set_product_dtype(conv, torch.bfloat16)
     low = conv(x)
     assert low.dtype == torch.float32
-    for exact, rounded in zip((y, *gradients), (low, *torch.autograd.grad(low, (x, conv.weight), upstream)), strict=True):
+    for exact, rounded in zip((y, *gradients), (low, *torch.autograd.grad(low, inputs, upstream)), strict=True):
         # bfloat16 keeps 8 bits: single products are off by up to 2^-8, their sums by less.
         assert (rounded - exact).norm() / exact.norm() < 2**-7
 
