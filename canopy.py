@@ -332,7 +332,10 @@ def start_processes(flags: dict[str, Any], device: torch.device) -> "Fabric":
     if device.type == "cuda" and flags["devices"] > torch.cuda.device_count():
         raise InputError(f"devices={flags['devices']} were asked for, but {torch.cuda.device_count()} GPUs are present")
     if flags["batch_size"] % processes:
-        raise InputError(f"batch_size={flags['batch_size']} cannot be shared evenly by {processes} processes")
+        raise InputError(
+            f"batch_size={flags['batch_size']} cannot be shared evenly by {processes} processes; "
+            f"batch_size={processes} or a multiple can"
+        )
     if several and flags["encoder"] == "unet":
         raise InputError("encoder=unet runs in one process: its batch norm would see only a part of the batch in several")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the precision has been told already
@@ -403,7 +406,7 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, told: Callable[[st
         if not chosen[context]:
             raise InputError(f"every square for {context} is also one for {' or '.join(list(chosen)[:-1])} in another tile")
         taken |= set(places)
-        left_out = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+        left_out = ", ".join(f"{why} ({count})" for why, count in dropped.items() if count)
         told(f"Squares for {context}: {len(chosen[context])}{f'; left out: {left_out}' if left_out else ''}")
     if len(chosen["training"]) < flags["batch_size"] * flags["accumulate"]:
         raise InputError(

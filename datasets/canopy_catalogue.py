@@ -211,6 +211,11 @@ def read_catalogue(
         raise InputError(f"the output resolution {resolution:g} m is not one of {_listed(RESOLUTIONS)}")
     if lidar_resolution not in (1.0, resolution):
         raise InputError(f"the LiDAR resolution {lidar_resolution:g} m is neither 1 nor that of the output, {resolution:g}")
+    if not root.is_dir():
+        raise InputError(
+            f"{root} {'is a file' if root.exists() else 'does not exist'}; a folder of tiles is expected, a relative path "
+            f"counts from where the command is given"
+        )
     present = sorted(path.stem for path in root.glob("patches/*/*.parquet") if path.stem == path.parent.name)
     if not present:
         raise InputError(f"{root} has no table patches/<tile>/<tile>.parquet")
@@ -299,7 +304,7 @@ def select(
     dropped[f"squares with fewer than {min_dates} images"] = before - _squares(rows)
     dropped = {reason: count for reason, count in dropped.items() if count}
     if rows.empty:
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        counts = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
         raise InputError(f"{catalogue.root} has no square of context {context!r} left to use; left out: {counts}")
     ordered = rows.sort_values(["tile", "patch", "date", "image"]).groupby(["tile", "patch"], sort=True)
     return Selection([_patch(catalogue, key, images) for key, images in ordered], dropped)

@@ -133,8 +133,9 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
         InputError: the columns are not told apart, one is absent or there twice, a value is text, infinite or too large,
             or a key appears twice.
     """
-    if len(rows.columns) == 1 and ";" in str(rows.columns[0]):
-        raise InputError(f"{path} is separated by semicolons; commas are expected, and points in numbers")
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(rows.columns) == 1 and separator in str(rows.columns[0]):
+            raise InputError(f"{path} is separated by {name}; commas are expected, and points in numbers")
     required = [*KEYS, *PREDICTORS]
     missing = [column for column in required if column not in rows.columns]
     if missing:
@@ -150,7 +151,7 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
             raise InputError(f"{path} has the column {column!r} more than once")
     for column in (name for name in present if name not in ("ep", "yep", "explo")):
         numbers = pd.to_numeric(rows[column], errors="coerce")
-        wrong = (numbers.isna() & rows[column].notna()) | (numbers.abs() > LARGEST)
+        wrong = (numbers.isna() & rows[column].notna()) | (numbers.abs() > LARGEST) | rows[column].map(type).eq(bool)
         if wrong.any():
             position = int(np.flatnonzero(wrong)[0])
             large = np.isfinite(numbers.iloc[position])
@@ -159,6 +160,13 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
                 f"{path}, row {position + 2} (yep {rows['yep'].iloc[position]}), column {column!r}: "
                 f"'{rows[column].iloc[position]}' is not a finite number{' of single precision' if large else ''}"
             )
+    fractions = np.flatnonzero(pd.to_numeric(rows["year"]) % 1 > 0)
+    if len(fractions):
+        position = int(fractions[0])
+        raise InputError(
+            f"{path}, row {position + 2} (yep {rows['yep'].iloc[position]}), column 'year': "
+            f"{rows['year'].iloc[position]} is not a whole year"
+        )
     repeated = np.flatnonzero(rows["yep"].astype(str).duplicated() & rows["yep"].notna())
     if len(repeated):
         position = int(repeated[0])
@@ -179,6 +187,7 @@ def prepare(table: Table, study_variable: str) -> Samples:
     rows = table.rows.sort_values("yep", kind="stable", key=lambda names: names.astype(str))
     numbers = ["year", study_variable, *PREDICTORS]
     rows = rows[[*KEYS, *numbers[1:]]].astype(dict.fromkeys(numbers, np.float64))
+    empty = [column for column in rows.columns if rows[column].isna().all()]
     dropped = {}
     for reason, unwanted in (
         ("missing value", lambda frame: frame.isna().any(axis=1)),
@@ -191,7 +200,8 @@ def prepare(table: Table, study_variable: str) -> Samples:
     # A spreadsheet may hold some names as numbers.
     rows = rows.astype({"year": np.int64, "ep": str, "yep": str, "explo": str})
     if rows.empty:
-        raise InputError(f"{table.name} has no complete row for {study_variable}")
+        why = f"; nothing is in its column {empty[0]!r}" if empty else ""
+        raise InputError(f"{table.name} has no complete row for {study_variable}{why}")
     x = rows[PREDICTORS].to_numpy().reshape(-1, STEPS, len(BANDS)).transpose(0, 2, 1)
     return Samples(rows[KEYS].reset_index(drop=True), x, rows[study_variable].to_numpy(), dropped)
 
@@ -231,5 +241,7 @@ def split(samples: Samples, procedure: str, seed: int) -> list[Split]:
                 f"fold {number}: training rows: {len(targets)}, different target values among them: "
                 f"{len(np.unique(targets))}; a varying target is needed"
             )
+        if len(test) < 3:
+            raise InputError(f"fold {number}: test rows: {len(test)}; 3 are needed, the r2 of fewer says nothing")
         folds.append(fold)
     return folds

@@ -73,6 +73,8 @@ def _in_process(
     def run(*flags: str) -> Ended:
         arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
         monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
+        # Each call is a run of its own; figures in the folder would end it.
+        Path("metrics.json").unlink(missing_ok=True)
         try:
             run_or_explain(module.main)
         except SystemExit as ended:

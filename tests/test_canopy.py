@@ -183,7 +183,7 @@ def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(
     write_root(root, tile="31TDM", squares=shared, seed=2)
     done = run_canopy(*SHORT, f"data={root}", f"cache={tmp_path / 'cache'}", "epochs=1")
     assert done.returncode == 0, done.stderr
-    assert "Squares for training: 3; left out: 1 squares that another tile has for test or validation" in done.stdout
+    assert "Squares for training: 3; left out: squares that another tile has for test or validation (1)" in done.stdout
     assert "simulated" not in done.stdout
 
 
@@ -330,7 +330,7 @@ def test_two_processes_end_where_one_ends(run_script: Runner, tiles: list[str], 
 def test_several_processes_refuse_in_one_sentence(run_script: Runner) -> None:
     done = run_script("canopy.py", *SHORT, "data=nowhere", "devices=2")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "canopy.py: " in done.stderr and "nowhere has no table" in done.stderr
+    assert "canopy.py: " in done.stderr and "nowhere does not exist" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -348,10 +348,13 @@ def test_variants_run(run_canopy: Callable[..., Ended], tiles: list[str], flags:
         (["encoder=vit"], "encoder: 'vit' is not one of rdn, unet"),
         (["loss=mse"], "loss: 'mse' is not one of"),
         (["tiles=30TXT"], "no tile 30TXT; present: 31TDL"),
-        (["data=nowhere"], "nowhere has no table"),
+        (["data=nowhere"], "nowhere does not exist; a folder of tiles is expected"),
         (["window=120"], "window of 120 pixels"),
         (["batch_size=3"], "2 training squares do not fill one step of batch_size=3"),
-        (["devices=3", "batch_size=2"], "batch_size=2 cannot be shared evenly by 3 processes"),
+        (
+            ["devices=3", "batch_size=2"],
+            "shared evenly by 3 processes; batch_size=3 or a multiple can",
+        ),
         (["min_dates=50"], "squares with fewer than 50 images"),
         (["lidar_resolution=5", "resolution=5"], "LiDAR"),
         (["channels=6"], "channels"),

@@ -200,8 +200,11 @@ def test_arguments_that_do_not_fit_the_root(whole: Path, flags: dict[str, object
 
 
 def test_tables_that_are_absent(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no table patches/<tile>/<tile>.parquet"):
+    with pytest.raises(InputError, match="nowhere does not exist; a folder of tiles is expected"):
         read_catalogue(tmp_path / "nowhere", resolution=5.0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty has no table patches/<tile>/<tile>.parquet"):
+        read_catalogue(tmp_path / "empty", resolution=5.0)
     shutil.copytree(root / "patches/30TXT", root / "patches/31TCJ")
     (root / "patches/31TCJ/30TXT.parquet").rename(root / "patches/31TCJ/31TCJ.parquet")
     shutil.copytree(root / "lidar/30TXT", root / "lidar/31TCJ")
@@ -243,7 +246,7 @@ def test_the_published_selection(root: Path) -> None:
         "images with valid_pixels below 100": 1,
         "images more than 366 days from the LiDAR": 1,
     }
-    with pytest.raises(InputError, match="no square of context 'training' left to use; left out: 1 images with masked"):
+    with pytest.raises(InputError, match="no square of context 'training' left to use; left out: images with masked"):
         select(catalogue, "training")
     assert len(select(catalogue, "training", max_masked=60, min_valid=90).patches[0].dates) == 5
     with pytest.raises(InputError, match=r"no square of context 'validation'; present: training \(1 squares\), test"):
@@ -265,7 +268,7 @@ def test_squares_with_little_vegetation_are_left_out_where_masks_are_in_use(root
     catalogue = read_catalogue(root, resolution=5.0)
     assert len(select(catalogue, "test").patches) == 1
     assert select(catalogue, "training", min_vegetation=9).dropped == {}
-    with pytest.raises(InputError, match="1 squares with valid_crop below 10"):
+    with pytest.raises(InputError, match=r"squares with valid_crop below 10 \(1\)"):
         select(catalogue, "training")
     assert len(select(read_catalogue(root, resolution=5.0, mask="no"), "training").patches) == 1
 

@@ -130,6 +130,8 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, np.inf)), "row 4 .*'red_0': 'inf' is not"),
         (lambda rows: pd.concat([rows, rows.head(1)]), "yep .* appears more than once"),
         (lambda rows: rows.assign(year="in 2018"), "row 2 .*column 'year': 'in 2018' is not"),
+        (lambda rows: rows.assign(year=rows["year"] + 0.5), r"row 2 .*column 'year': \d+\.5 is not a whole year"),
+        (lambda rows: rows.assign(red_0=True), "row 2 .*column 'red_0': 'True' is not a finite number"),
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, 1e300)), "row 4 .* finite number of single"),
         (lambda rows: pd.concat([rows, rows["red_0"]], axis=1), "has the column 'red_0' more than once"),
     ],
@@ -190,10 +192,11 @@ def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
         read_table(tmp_path / "empty.csv")
 
 
-def test_a_table_separated_by_semicolons_is_named_as_such(demo: Table, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_without_commas_is_named_as_such(demo: Table, tmp_path: Path, separator: str, name: str) -> None:
     path = tmp_path / "german.csv"
-    demo.rows.head(5).to_csv(path, index=False, sep=";", decimal=",")
-    with pytest.raises(InputError, match=r"german\.csv is separated by semicolons; commas are expected"):
+    demo.rows.head(5).to_csv(path, index=False, sep=separator, decimal=",")
+    with pytest.raises(InputError, match=rf"german\.csv is separated by {name}; commas are expected"):
         read_table(path)
 
 
@@ -207,8 +210,11 @@ def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     constant = demo.rows.assign(Shannon=1.0)
     with pytest.raises(InputError, match=r"fold 1: training rows: \d+, different target values among them: 1;"):
         split(prepare(with_rows(demo, constant), "Shannon"), "split_by_plot", 42)
-    with pytest.raises(InputError, match="no complete row"):
-        prepare(with_rows(demo, demo.rows.assign(Shannon=np.nan)), "Shannon")
+    with pytest.raises(InputError, match="no complete row for Shannon; nothing is in its column 'red_0'"):
+        prepare(with_rows(demo, demo.rows.assign(red_0=np.nan)), "Shannon")
+    tiny = demo.rows.drop_duplicates("ep").head(12)
+    with pytest.raises(InputError, match="fold 1: test rows: 2; 3 are needed"):
+        split(prepare(with_rows(demo, tiny), "Shannon"), "split_by_plot", 42)
     with pytest.raises(InputError, match="no column 'Simpson'"):
         prepare(with_rows(demo, demo.rows.drop(columns="Simpson")), "Simpson")
 

@@ -279,6 +279,16 @@ def test_a_network_learns_the_simulated_table(undisturbed: Path) -> None:
     assert 0.4 < json.loads((undisturbed / "metrics.json").read_text())["summary"]["r2_mean"] < 0.8
 
 
+def test_a_folder_with_figures_keeps_them(undisturbed: Path) -> None:
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    process = start(undisturbed, *LONG)
+    assert "This run is complete" in process.communicate(timeout=300)[0] and process.returncode == 0
+    process = start(undisturbed, *LONG, "seed=43")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2 and "start a new run in another folder" in errors and errors.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, undisturbed: Path, end: signal.Signals) -> None:
     whole, cut = undisturbed, tmp_path

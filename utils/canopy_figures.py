@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TRUE_COLOUR = (2, 1, 0)  # bands B4, B3, B2
 TALLEST = 35.0  # metres, end of the colour scale
 LARGEST_ERROR = 10.0  # metres
+BESIDE = (1.03, 0, 0.05, 1)  # place of a colour bar, in parts of the axes
 BARS = (1000.0, 500.0, 200.0, 100.0, 50.0)  # metres, of scale bars
 BIN = 0.5  # metres, of the density scatter
 BINS = 100
@@ -66,12 +67,12 @@ def scenes(windows: list[Scene], title: str) -> "Figure":
         row[0].text(start + bar / 2, low - 0.03 * rows, f"{bar:g} m", **label)
         for axes, heights in ((row[1], window.reference), (row[2], window.prediction)):
             shown = axes.imshow(heights, extent=extent, cmap="viridis", vmin=0, vmax=TALLEST, interpolation="nearest")
-        figure.colorbar(shown, ax=row[1:3], label="height (m)", extend="max", fraction=0.05)
+        figure.colorbar(shown, cax=row[2].inset_axes(BESIDE), label="height (m)", extend="max")
         row[3].set_facecolor("0.85")
         shown = row[3].imshow(
             error, extent=extent, cmap="RdBu_r", vmin=-LARGEST_ERROR, vmax=LARGEST_ERROR, interpolation="nearest"
         )
-        figure.colorbar(shown, ax=row[3], label="error (m)", extend="both", fraction=0.05)
+        figure.colorbar(shown, cax=row[3].inset_axes(BESIDE), label="error (m)", extend="both")
         for axes in row:
             axes.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
     names = ("Sentinel-2, true colour", "LiDAR reference", "prediction", "error (grey: no tall vegetation)")
@@ -101,7 +102,7 @@ def density_scatter(counts: NDArray[np.int64], title: str) -> "Figure":
     axes.set(xlim=(0, end), ylim=(0, end), xlabel="LiDAR height (m)", ylabel="predicted height (m)")
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=9)
-    figure.colorbar(shown, ax=axes, label="pixels")
+    figure.colorbar(shown, cax=axes.inset_axes(BESIDE), label="pixels")
     return figure
 
 

@@ -45,7 +45,8 @@ def how_to_resume() -> str:
 
 def say(line: str) -> None:
     """Print a line of a run without breaking a progress bar."""
-    tqdm.write(f"[*] {line}", file=sys.stdout)
+    # The end of the line with the line: Guild reads what comes in pieces in pieces.
+    tqdm.write(f"[*] {line}\n", file=sys.stdout, end="")
     sys.stdout.flush()
 
 
@@ -126,18 +127,18 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
         if before.get(name) != value:
             raise InputError(
                 f"{path} is of a run with {name}={before.get(name)}, but {name}={value} was given; go on with the former, "
-                f"or start a new run"
+                f"or start a new run{'' if 'RUN_ID' in os.environ else ' in another folder'}"
             )
 
 
 def finished_before(flags: Mapping[str, Any]) -> bool:
-    """Whether this is a Guild run that has its figures already; says so.
+    """Whether the run of this folder has its figures already; says so.
 
     Raises:
         InputError: it has those of other flags.
     """
     path = Path("metrics.json")
-    if "RUN_ID" not in os.environ or not path.exists() or Path(CHECKPOINT).exists():
+    if not path.exists() or Path(CHECKPOINT).exists():
         return False
     refuse_other_flags(path.absolute(), json.loads(path.read_text(encoding="utf-8"))["flags"], flags)
     say("This run is complete and its figures stay as they are; a new run trains again")
