@@ -130,8 +130,8 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
     Missing values pass: rows that have one are dropped later and counted.
 
     Raises:
-        InputError: the columns are not told apart, one is absent or there twice, a value is text, infinite or too large,
-            or a key appears twice.
+        InputError: the columns are not told apart, one is absent or there twice, a value is no number, infinite or too
+            large, a year is not whole, or a key appears twice.
     """
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(rows.columns) == 1 and separator in str(rows.columns[0]):
@@ -214,7 +214,7 @@ def split(samples: Samples, procedure: str, seed: int) -> list[Split]:
     validation part is a fifth of the training plots, drawn from the seed.
 
     Raises:
-        InputError: too few plots or observatories, or a fold that cannot train.
+        InputError: too few plots or observatories, or a fold that cannot train or be tested.
     """
     plots = samples.keys["ep"].to_numpy()
     observatories = samples.keys["explo"].to_numpy()
