@@ -117,6 +117,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path} is not a file of weights that this project wrote: {error}") from error
 
 
+def a_new_run() -> str:
+    """What a user starts instead of a run that is complete; Guild gives each a folder of its own."""
+    return "a new run" if "RUN_ID" in os.environ else "a new run in another folder"
+
+
 def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run with other flags or other data than it started with.
 
@@ -127,7 +132,7 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
         if before.get(name) != value:
             raise InputError(
                 f"{path} is of a run with {name}={before.get(name)}, but {name}={value} was given; go on with the former, "
-                f"or start a new run{'' if 'RUN_ID' in os.environ else ' in another folder'}"
+                f"or start {a_new_run()}"
             )
 
 
@@ -141,7 +146,7 @@ def finished_before(flags: Mapping[str, Any]) -> bool:
     if not path.exists() or Path(CHECKPOINT).exists():
         return False
     refuse_other_flags(path.absolute(), json.loads(path.read_text(encoding="utf-8"))["flags"], flags)
-    say("This run is complete and its figures stay as they are; a new run trains again")
+    say(f"This run is complete and its figures stay as they are; {a_new_run()} trains again")
     return True
 
 

@@ -177,7 +177,7 @@ class _TapConvolution(torch.autograd.Function):
 
 def _unfold(x: Tensor, taps: Sequence[int], stride: int, padding: tuple[int, int]) -> Tensor:
     """(network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded."""
-    if len(taps) == stride == 1:
+    if len(taps) == stride == 1 and padding == (0, 0):
         return x
     padded = F.pad(x, (0, 0, 0, 0, *padding))
     return torch.cat([padded[:, steps] for steps in _steps_of_taps(padded.shape[1], taps, stride)], dim=3)
