@@ -18,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes that share the cores would wait for one another's threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 import main
 
 # Tests that a shell runs in the background are born deaf to Ctrl-C, and so would be the runs that they interrupt.
@@ -40,6 +42,12 @@ def environment() -> dict[str, str]:
     """The environment of a script under test: no Guild run around it."""
     ours = ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR", "DEVICE")
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Tests that draw from PyTorch's own generator draw the same numbers each time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

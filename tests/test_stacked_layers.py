@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.compiled_passes import unfold
 from utils.stacked_layers import (
     BatchNorm,
     Conv,
@@ -71,8 +72,10 @@ def test_low_precision_products_follow_the_same_convolution(
     gradients = torch.autograd.grad(y, inputs, upstream)
     set_product_dtype(conv, torch.bfloat16)
     low = conv(x)
-    assert low.dtype == torch.float32
-    for exact, rounded in zip((y, *gradients), (low, *torch.autograd.grad(low, inputs, upstream)), strict=True):
+    assert low.dtype == torch.bfloat16
+    low_gradients = torch.autograd.grad(low, inputs, upstream.bfloat16())
+    assert all(gradient.dtype == torch.float32 for gradient in low_gradients)
+    for exact, rounded in zip((y, *gradients), (low, *low_gradients), strict=True):
         # bfloat16 keeps 8 bits: single products are off by up to 2^-8, their sums by less.
         assert (rounded - exact).norm() / exact.norm() < 2**-7
 
@@ -129,6 +132,53 @@ def test_padding_of_a_ragged_batch_changes_nothing() -> None:
         assert not y[network, :, count:].any() and not dx[network, :, count:].any()
     torch.testing.assert_close(norm.running_mean[2], before[2])
     assert torch.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("in_reverse", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(5, 1, (2, 2)), (8, 1, (4, 4)), (2, 1, (-1, 0)), (5, 2, (2, 2)), (1, 3, (0, 0))]
+)
+def test_the_compiled_unfolding_is_that_of_pytorch(
+    kernel: int, stride: int, padding: tuple[int, int], in_reverse: bool
+) -> None:
+    x = random_input(7).bfloat16()
+    windows = F.pad(x, (0, 0, 0, 0, *padding)).unfold(1, kernel, stride)
+    expected = (windows.flip(4) if in_reverse else windows).transpose(3, 4).flatten(3)
+    assert torch.equal(unfold(x, kernel, stride, padding, in_reverse), expected)
+
+
+@pytest.mark.parametrize("rows", [None, [5, 3, 0]], ids=["whole batch", "ragged batch"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_compiled_batch_norm_is_that_of_float32(relu: bool, rows: list[int] | None) -> None:
+    """bfloat16 in, float32 within and out, gradient rounded to bfloat16."""
+    mask = rows and torch.tensor([[float(sample < count) for sample in range(SAMPLES)] for count in rows])
+    low, exact = (BatchNorm(NETWORKS, 40, eps=1e-3, momentum=0.01) for _ in range(2))
+    nn.init.normal_(low.weight)
+    nn.init.normal_(low.bias)
+    exact.load_state_dict(low.state_dict())
+    x = (3 + random_input(40)).bfloat16().requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    y, expected = low(x, mask, relu=relu), exact(wide, mask, relu=relu)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, low.weight, low.bias), upstream)
+    wanted = torch.autograd.grad(expected, (wide, exact.weight, exact.bias), upstream)
+    torch.testing.assert_close(gradients[0].float(), wanted[0], rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(gradients[1:], wanted[1:], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(low.running_mean, exact.running_mean)
+    torch.testing.assert_close(low.running_var, exact.running_var)
+    if rows:
+        assert not y[2].any() and not gradients[0][2].any()
+    low.eval()
+    assert low(x).dtype == torch.float32
+    torch.testing.assert_close(low(x), exact.eval()(wide))
+
+
+def test_a_diverged_network_is_not_hidden_by_the_compiled_relu() -> None:
+    x = random_input(4).bfloat16()
+    x[1, 2, 3, 0] = torch.nan
+    y = BatchNorm(NETWORKS, 4)(x, relu=True)
+    assert y[1, :, :, 0].isnan().all() and y[[0, 2]].isfinite().all() and y[1, :, :, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 16])

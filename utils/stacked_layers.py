@@ -25,6 +25,7 @@ all rows are real. Padding never enters batch statistics or gradients.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -175,58 +176,73 @@ class _TapConvolution(torch.autograd.Function):
         return None if dx is None else dx.view_as(x), dweight, None, None
 
 
-def _unfold(x: Tensor, taps: Sequence[int], stride: int, padding: tuple[int, int]) -> Tensor:
+def _unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int], in_reverse: bool = False) -> Tensor:
     """(network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded."""
-    if len(taps) == stride == 1 and padding == (0, 0):
+    if kernel == stride == 1 and padding == (0, 0):
         return x
+    if _is_for_compiled_passes(x):
+        return _compiled_passes().unfold(x, kernel, stride, padding, in_reverse)
     padded = F.pad(x, (0, 0, 0, 0, *padding))
-    return torch.cat([padded[:, steps] for steps in _steps_of_taps(padded.shape[1], taps, stride)], dim=3)
+    parts = [padded[:, steps] for steps in _steps_of_taps(padded.shape[1], kernel, stride)]
+    return torch.cat(parts[::-1] if in_reverse else parts, dim=3)
 
 
-def _steps_of_taps(steps: int, taps: Sequence[int], stride: int) -> list[slice]:
+def _steps_of_taps(steps: int, kernel: int, stride: int) -> list[slice]:
     """The padded steps that each tap reads, one for every output step."""
-    return [slice(tap, tap + steps - len(taps) + 1, stride) for tap in taps]
+    return [slice(tap, tap + steps - kernel + 1, stride) for tap in range(kernel)]
+
+
+def _is_for_compiled_passes(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def _compiled_passes() -> ModuleType:
+    """`utils.compiled_passes`, imported where it is needed: numba takes a second."""
+    from utils import compiled_passes
+
+    return compiled_passes
 
 
 class _UnfoldedConvolution(torch.autograd.Function):
     """Convolution over the steps as one product with an unfolded input.
 
     For strides, where the steps of a tap are not adjacent, and for bfloat16, where a
-    product a tap would round each partial sum to 8 bits. All products take factors of
-    type `product`; what goes in and out is as it was.
+    product a tap would round each partial sum to 8 bits. All products take and give
+    numbers of type `product`; the gradients of x and weight have their types.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], product: torch.dtype) -> Tensor:
-        kind, x, weight = x.dtype, x.to(product), weight.to(product)
-        unfolded = _unfold(x, range(weight.shape[1]), stride, padding)
+        ctx.kinds, x, weight = (x.dtype, weight.dtype), x.to(product), weight.to(product)
+        unfolded = _unfold(x, weight.shape[1], stride, padding)
         ctx.stride, ctx.padding, ctx.steps = stride, padding, x.shape[1]
         ctx.unfolds_dy = stride == 1 and ctx.needs_input_grad[0]
         ctx.save_for_backward(x if ctx.unfolds_dy else unfolded, weight)
-        return torch.bmm(unfolded.flatten(1, 2), weight.flatten(1, 2)).unflatten(1, unfolded.shape[1:3]).to(kind)
+        return torch.bmm(unfolded.flatten(1, 2), weight.flatten(1, 2)).unflatten(1, unfolded.shape[1:3])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight = ctx.saved_tensors
-        kind, dy, dx = gradients[0].dtype, gradients[0].to(weight.dtype), None
+        dy, dx = gradients[0], None
+        kind_x, kind_weight = ctx.kinds
         kernel, (left, right) = weight.shape[1], ctx.padding
         saved_back = saved.flatten(1, 2).transpose(1, 2)
         if ctx.unfolds_dy:
             # The gradient of x is a convolution, too, of dy with the taps in reverse; that of the weights shares its input.
             outer = (kernel - 1 - left, kernel - 1 - right)
-            unfolded = _unfold(dy, range(kernel)[::-1], 1, outer).flatten(1, 2)
+            unfolded = _unfold(dy, kernel, 1, outer, in_reverse=True).flatten(1, 2)
             dx = torch.bmm(unfolded, weight.transpose(1, 2).flatten(2).transpose(1, 2)).view_as(saved)
             dweight = torch.bmm(saved_back, unfolded).unflatten(2, (kernel, -1)).transpose(1, 2)
-            return dx.to(kind), dweight.to(kind), None, None, None
+            return dx.to(kind_x), dweight.to(kind_weight), None, None, None
         dweight = torch.bmm(saved_back, dy.flatten(1, 2)).view_as(weight)
         if ctx.needs_input_grad[0]:
             by_tap = torch.bmm(dy.flatten(1, 2), weight.flatten(1, 2).transpose(1, 2)).view_as(saved)
             dpadded = dy.new_zeros(len(dy), left + ctx.steps + right, dy.shape[2], weight.shape[2])
-            steps_of_taps = _steps_of_taps(dpadded.shape[1], range(kernel), ctx.stride)
+            steps_of_taps = _steps_of_taps(dpadded.shape[1], kernel, ctx.stride)
             for steps, part in reversed(list(zip(steps_of_taps, by_tap.chunk(kernel, dim=3), strict=True))):
                 dpadded[:, steps] += part
-            dx = dpadded[:, left : left + ctx.steps].contiguous().to(kind)
-        return dx, dweight.to(kind), None, None, None
+            dx = dpadded[:, left : left + ctx.steps].contiguous().to(kind_x)
+        return dx, dweight.to(kind_weight), None, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -258,6 +274,7 @@ class _BatchNorm(torch.autograd.Function):
             y *= row_mask
         ctx.relu, ctx.count, ctx.row_mask = relu, count, row_mask
         ctx.save_for_backward(normed, weight * rstd, y if relu else normed)
+        mean, variance = mean.squeeze(1), variance.squeeze(1)
         ctx.mark_non_differentiable(mean, variance)
         return y.view_as(x), mean, variance
 
@@ -307,7 +324,7 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.empty(networks, channels_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(network, step, sample, channel in) to (network, step out, sample, channel out)."""
+        """(network, step, sample, channel in) to (network, step out, sample, channel out), in the products' format."""
         if self.stride == 1 and self.product == torch.float32:
             steps_out = x.shape[1] + sum(self.padding) - self.weight.shape[1] + 1
             y = _TapConvolution.apply(x.contiguous(), self.weight, self.padding[0], steps_out)
@@ -338,16 +355,20 @@ class BatchNorm(nn.Module):
             shift = self.bias - self.running_mean * scale
             y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
             return y.relu() if relu else y
-        if mask is None and x.device.type == "cpu":
+        if mask is None and x.device.type == "cpu" and x.dtype == self.weight.dtype:
             # PyTorch's own kernels, one network after the other: two calls for what takes `_BatchNorm` some twenty.
             tensors = (x.flatten(1, 2), self.weight, self.bias, self.running_mean, self.running_var)
-            normed = [
+            parts = [
                 torch.batch_norm(rows, weight, bias, mean, variance, True, self.momentum, self.eps, False)
                 for rows, weight, bias, mean, variance in zip(*(tensor.unbind() for tensor in tensors), strict=True)
             ]
-            y = torch.stack(normed).view_as(x)
+            y = torch.stack(parts).view_as(x)
             return y.relu_() if relu else y
-        y, mean, variance = _BatchNorm.apply(x.contiguous(), self.weight, self.bias, mask, self.eps, relu)
+        if _is_for_compiled_passes(x):
+            normed = _compiled_passes().BatchNormOfHalves.apply(x, self.weight, self.bias, mask, self.eps, relu)
+        else:
+            normed = _BatchNorm.apply(x.to(self.weight.dtype).contiguous(), self.weight, self.bias, mask, self.eps, relu)
+        y, mean, variance = normed
         with torch.no_grad():
             momentum: float | Tensor = self.momentum
             count: float | Tensor = float(x.shape[1] * x.shape[2])
@@ -356,8 +377,8 @@ class BatchNorm(nn.Module):
                 count = mask.sum(1, keepdim=True) * x.shape[1]
                 momentum = (self.momentum * (count > 0).to(mean)).expand_as(self.running_mean)
                 unbias = count / (count - 1).clamp_min(1)
-            self.running_mean.lerp_(mean.squeeze(1), momentum)
-            self.running_var.lerp_(variance.squeeze(1) * unbias, momentum)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * unbias, momentum)
         return y
 
 

@@ -1,0 +1,221 @@
+"""Passes over bfloat16 activations on a CPU, compiled by numba for one thread.
+
+A processor that multiplies bfloat16 is done with a product sooner than PyTorch's operations
+around it, each of which goes through the activations of the whole stack. These passes do the
+work of several operations at once, network after network, whose activations stay in the cache
+meanwhile. They calculate in float32, and no network's result depends on the others.
+
+numba knows no bfloat16; it sees arrays of uint16, which are the upper halves of float32 numbers.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+f32, u16, u32 = np.float32, np.uint16, np.uint32
+Floats = NDArray[np.float32]
+Halves = NDArray[np.uint16]
+
+
+def _halves(tensor: Tensor) -> Halves:
+    return tensor.view(torch.uint16).numpy()
+
+
+@njit(inline="always")
+def _widened(half: np.uint16) -> np.float32:
+    return u32(u32(half) << u32(16)).view(f32)
+
+
+@njit(inline="always")
+def _rounded(value: np.float32) -> np.uint16:
+    """To the nearest bfloat16, ties to even."""
+    bits = f32(value).view(u32)
+    odd = u32(u32(bits >> u32(16)) & u32(1))
+    return u16(u32(bits + u32(0x7FFF) + odd) >> u32(16))
+
+
+@njit(error_model="numpy")
+def _copy_taps(x: Halves, left: int, stride: int, in_reverse: bool, unfolded: Halves) -> None:
+    networks, steps, samples, channels = x.shape
+    steps_out, kernel = unfolded.shape[1], unfolded.shape[3]
+    for n in range(networks):
+        for out in range(steps_out):
+            for tap in range(kernel):
+                step = out * stride + tap - left
+                place = kernel - 1 - tap if in_reverse else tap
+                if 0 <= step < steps:
+                    # Element by element: numba compiles this loop to wide moves, an assignment of slices to calls.
+                    for sample in range(samples):
+                        for c in range(channels):
+                            unfolded[n, out, sample, place, c] = x[n, step, sample, c]
+                else:
+                    unfolded[n, out, :, place] = 0
+
+
+def unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int], in_reverse: bool = False) -> Tensor:
+    """bfloat16 (network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded.
+
+    Args:
+        padding: zeros (left, right) of the steps.
+        in_reverse: the last tap comes first.
+    """
+    networks, steps, samples, channels = x.shape
+    steps_out = (steps + sum(padding) - kernel) // stride + 1
+    unfolded = x.new_empty(networks, steps_out, samples, kernel, channels)
+    _copy_taps(_halves(x.contiguous()), padding[0], stride, in_reverse, _halves(unfolded))
+    return unfolded.flatten(3)
+
+
+@njit(error_model="numpy")
+def _sum_over_rows(x: Halves, mask: Floats, centre: Floats, squared: bool) -> Floats:
+    """Sums over the real rows of x (step, sample, channel) less centre, step by step, which keeps rounding small."""
+    steps, samples, channels = x.shape
+    total = np.zeros(channels, f32)
+    of_step = np.empty(channels, f32)
+    for step in range(steps):
+        of_step[:] = 0
+        for sample in range(samples):
+            if mask[sample] != 0:
+                for c in range(channels):
+                    deviation = _widened(x[step, sample, c]) - centre[c]
+                    of_step[c] += deviation * deviation if squared else deviation
+        for c in range(channels):
+            total[c] += of_step[c]
+    return total
+
+
+# numpy's error model: Python's checks every division, and such loops are not vectorised.
+@njit(error_model="numpy")
+def _normalise(
+    x: Halves,
+    weight: Floats,
+    bias: Floats,
+    mask: Floats,
+    eps: float,
+    relu: bool,
+    y: Floats,
+    mean: Floats,
+    variance: Floats,
+) -> None:
+    networks, steps, samples, channels = x.shape
+    for n in range(networks):
+        count = f32(max(mask[n].sum() * steps, 1))
+        mean[n] = _sum_over_rows(x[n], mask[n], np.zeros(channels, f32), False) / count
+        variance[n] = _sum_over_rows(x[n], mask[n], mean[n], True) / count
+        scale = weight[n] / np.sqrt(variance[n] + f32(eps))
+        shift = bias[n] - mean[n] * scale
+        for step in range(steps):
+            for sample in range(samples):
+                if mask[n, sample] != 0:
+                    for c in range(channels):
+                        value = _widened(x[n, step, sample, c]) * scale[c] + shift[c]
+                        # So written, a ReLU lets nan pass, by which a diverged training is known.
+                        y[n, step, sample, c] = f32(0) if relu and value <= 0 else value
+                else:
+                    y[n, step, sample] = 0
+
+
+@njit(error_model="numpy")
+def _normalise_back(
+    dy: Floats,
+    x: Halves,
+    y: Floats,
+    weight: Floats,
+    mask: Floats,
+    mean: Floats,
+    variance: Floats,
+    eps: float,
+    relu: bool,
+    dx: Halves,
+    dweight: Floats,
+    dbias: Floats,
+) -> None:
+    networks, steps, samples, channels = x.shape
+    sum_dy, sum_dy_deviation = np.empty(channels, f32), np.empty(channels, f32)
+    for n in range(networks):
+        count = f32(max(mask[n].sum() * steps, 1))
+        rstd = f32(1) / np.sqrt(variance[n] + f32(eps))
+        dweight[n] = 0
+        dbias[n] = 0
+        for step in range(steps):
+            sum_dy[:] = 0
+            sum_dy_deviation[:] = 0
+            for sample in range(samples):
+                if mask[n, sample] != 0:
+                    for c in range(channels):
+                        upstream = dy[n, step, sample, c]
+                        if relu:
+                            upstream = upstream if y[n, step, sample, c] > 0 else f32(0)
+                        sum_dy[c] += upstream
+                        sum_dy_deviation[c] += upstream * (_widened(x[n, step, sample, c]) - mean[n, c])
+            for c in range(channels):
+                dbias[n, c] += sum_dy[c]
+                dweight[n, c] += sum_dy_deviation[c]
+        dweight[n] *= rstd
+        # dx = scale (dy - dbias / count - normalised x dweight / count), as a line in dy and x.
+        scale = weight[n] * rstd
+        slope = -scale * rstd * dweight[n] / count
+        shift = -scale * dbias[n] / count - slope * mean[n]
+        for step in range(steps):
+            for sample in range(samples):
+                if mask[n, sample] != 0:
+                    for c in range(channels):
+                        upstream = dy[n, step, sample, c]
+                        if relu:
+                            upstream = upstream if y[n, step, sample, c] > 0 else f32(0)
+                        dx[n, step, sample, c] = _rounded(
+                            scale[c] * upstream + slope[c] * _widened(x[n, step, sample, c]) + shift[c]
+                        )
+                else:
+                    dx[n, step, sample] = 0
+
+
+class BatchNormOfHalves(torch.autograd.Function):
+    """Training-mode batch normalisation of bfloat16 with optional ReLU, statistics over each network's real rows.
+
+    Takes x bfloat16 (network, step, sample, channel), weight and bias (network, channel), mask (network, sample) or
+    None, eps and whether ReLU follows. Gives y float32, of x's shape, and mean and biased variance (network, channel).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
+        # Contiguous, all of them, as numba compiles anew for another layout.
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        mask = weight.new_ones(x.shape[0], x.shape[2]) if mask is None else mask.contiguous()
+        y, mean, variance = torch.empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+        _normalise(
+            _halves(x), weight.numpy(), bias.numpy(), mask.numpy(), eps, relu, y.numpy(), mean.numpy(), variance.numpy()
+        )
+        ctx.eps, ctx.relu = eps, relu
+        ctx.save_for_backward(x, y, weight, mask, mean, variance)
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """See the class."""
+        x, *saved = ctx.saved_tensors
+        y, weight, mask, mean, variance = (tensor.detach().numpy() for tensor in saved)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty(weight.shape), torch.empty(weight.shape)
+        _normalise_back(
+            gradients[0].contiguous().numpy(),
+            _halves(x),
+            y,
+            weight,
+            mask,
+            mean,
+            variance,
+            ctx.eps,
+            ctx.relu,
+            _halves(dx),
+            dweight.numpy(),
+            dbias.numpy(),
+        )
+        return dx, dweight, dbias, None, None, None
