@@ -324,7 +324,7 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.empty(networks, channels_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(network, step, sample, channel in) to (network, step out, sample, channel out), in the products' format."""
+        """(network, step, sample, channel in) to (network, step out, sample, channel out), in the products' format, or the bias's."""
         if self.stride == 1 and self.product == torch.float32:
             steps_out = x.shape[1] + sum(self.padding) - self.weight.shape[1] + 1
             y = _TapConvolution.apply(x.contiguous(), self.weight, self.padding[0], steps_out)
