@@ -6,19 +6,24 @@ work of several operations at once, network after network, whose activations sta
 meanwhile. They calculate in float32, and no network's result depends on the others.
 
 numba knows no bfloat16; it sees arrays of uint16, which are the upper halves of float32 numbers.
+Functions are compiled at import, for the types that they name, and with numpy's error model:
+Python's checks every division, which keeps a loop from being vectorised.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import boolean, float32, float64, int64, njit, uint16, void
 from numpy.typing import NDArray
 from torch import Tensor
 
 f32, u16, u32 = np.float32, np.uint16, np.uint32
 Floats = NDArray[np.float32]
 Halves = NDArray[np.uint16]
+
+FLOATS_1, FLOATS_2, FLOATS_4 = float32[::1], float32[:, ::1], float32[:, :, :, ::1]
+HALVES_3, HALVES_4, HALVES_5 = uint16[:, :, ::1], uint16[:, :, :, ::1], uint16[:, :, :, :, ::1]
 
 
 def _halves(tensor: Tensor) -> Halves:
@@ -38,7 +43,7 @@ def _rounded(value: np.float32) -> np.uint16:
     return u16(u32(bits + u32(0x7FFF) + odd) >> u32(16))
 
 
-@njit(error_model="numpy")
+@njit(void(HALVES_4, int64, int64, boolean, HALVES_5), error_model="numpy")
 def _copy_taps(x: Halves, left: int, stride: int, in_reverse: bool, unfolded: Halves) -> None:
     networks, steps, samples, channels = x.shape
     steps_out, kernel = unfolded.shape[1], unfolded.shape[3]
@@ -70,12 +75,11 @@ def unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int], in_rev
     return unfolded.flatten(3)
 
 
-@njit(error_model="numpy")
-def _sum_over_rows(x: Halves, mask: Floats, centre: Floats, squared: bool) -> Floats:
+@njit(void(HALVES_3, FLOATS_1, FLOATS_1, boolean, FLOATS_1, FLOATS_1), error_model="numpy")
+def _add_rows(x: Halves, mask: Floats, centre: Floats, squared: bool, of_step: Floats, total: Floats) -> None:
     """Sums over the real rows of x (step, sample, channel) less centre, step by step, which keeps rounding small."""
     steps, samples, channels = x.shape
-    total = np.zeros(channels, f32)
-    of_step = np.empty(channels, f32)
+    total[:] = 0
     for step in range(steps):
         of_step[:] = 0
         for sample in range(samples):
@@ -85,11 +89,18 @@ def _sum_over_rows(x: Halves, mask: Floats, centre: Floats, squared: bool) -> Fl
                     of_step[c] += deviation * deviation if squared else deviation
         for c in range(channels):
             total[c] += of_step[c]
-    return total
 
 
-# numpy's error model: Python's checks every division, and such loops are not vectorised.
-@njit(error_model="numpy")
+@njit(float32(FLOATS_1, int64), error_model="numpy")
+def _real_rows(mask: Floats, steps: int) -> np.float32:
+    rows = f32(0)
+    for real in mask:
+        rows += real
+    return f32(max(rows * f32(steps), f32(1)))
+
+
+# Numba's array expressions would be shorter; compiling one takes as long as the rest of a function.
+@njit(void(HALVES_4, *(FLOATS_2,) * 3, float64, boolean, FLOATS_4, *(FLOATS_2,) * 2), error_model="numpy")
 def _normalise(
     x: Halves,
     weight: Floats,
@@ -102,12 +113,18 @@ def _normalise(
     variance: Floats,
 ) -> None:
     networks, steps, samples, channels = x.shape
+    scale, shift, of_step = np.empty(channels, f32), np.empty(channels, f32), np.empty(channels, f32)
     for n in range(networks):
-        count = f32(max(mask[n].sum() * steps, 1))
-        mean[n] = _sum_over_rows(x[n], mask[n], np.zeros(channels, f32), False) / count
-        variance[n] = _sum_over_rows(x[n], mask[n], mean[n], True) / count
-        scale = weight[n] / np.sqrt(variance[n] + f32(eps))
-        shift = bias[n] - mean[n] * scale
+        count = _real_rows(mask[n], steps)
+        shift[:] = 0
+        _add_rows(x[n], mask[n], shift, False, of_step, mean[n])
+        for c in range(channels):
+            mean[n, c] /= count
+        _add_rows(x[n], mask[n], mean[n], True, of_step, variance[n])
+        for c in range(channels):
+            variance[n, c] /= count
+            scale[c] = weight[n, c] / np.sqrt(variance[n, c] + f32(eps))
+            shift[c] = bias[n, c] - mean[n, c] * scale[c]
         for step in range(steps):
             for sample in range(samples):
                 if mask[n, sample] != 0:
@@ -119,7 +136,9 @@ def _normalise(
                     y[n, step, sample] = 0
 
 
-@njit(error_model="numpy")
+@njit(
+    void(FLOATS_4, HALVES_4, FLOATS_4, *(FLOATS_2,) * 4, float64, boolean, HALVES_4, *(FLOATS_2,) * 2), error_model="numpy"
+)
 def _normalise_back(
     dy: Floats,
     x: Halves,
@@ -136,9 +155,9 @@ def _normalise_back(
 ) -> None:
     networks, steps, samples, channels = x.shape
     sum_dy, sum_dy_deviation = np.empty(channels, f32), np.empty(channels, f32)
+    scale, slope, shift = np.empty(channels, f32), np.empty(channels, f32), np.empty(channels, f32)
     for n in range(networks):
-        count = f32(max(mask[n].sum() * steps, 1))
-        rstd = f32(1) / np.sqrt(variance[n] + f32(eps))
+        count = _real_rows(mask[n], steps)
         dweight[n] = 0
         dbias[n] = 0
         for step in range(steps):
@@ -155,11 +174,13 @@ def _normalise_back(
             for c in range(channels):
                 dbias[n, c] += sum_dy[c]
                 dweight[n, c] += sum_dy_deviation[c]
-        dweight[n] *= rstd
-        # dx = scale (dy - dbias / count - normalised x dweight / count), as a line in dy and x.
-        scale = weight[n] * rstd
-        slope = -scale * rstd * dweight[n] / count
-        shift = -scale * dbias[n] / count - slope * mean[n]
+        for c in range(channels):
+            # dx = scale (dy - dbias / count - normalised x dweight / count), as a line in dy and x.
+            rstd = f32(1) / np.sqrt(variance[n, c] + f32(eps))
+            dweight[n, c] *= rstd
+            scale[c] = weight[n, c] * rstd
+            slope[c] = -scale[c] * rstd * dweight[n, c] / count
+            shift[c] = -scale[c] * dbias[n, c] / count - slope[c] * mean[n, c]
         for step in range(steps):
             for sample in range(samples):
                 if mask[n, sample] != 0:

@@ -180,7 +180,7 @@ def _unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int], in_re
     """(network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded."""
     if kernel == stride == 1 and padding == (0, 0):
         return x
-    if _is_for_compiled_passes(x):
+    if _are_compiled(x.dtype, x.device):
         return _compiled_passes().unfold(x, kernel, stride, padding, in_reverse)
     padded = F.pad(x, (0, 0, 0, 0, *padding))
     parts = [padded[:, steps] for steps in _steps_of_taps(padded.shape[1], kernel, stride)]
@@ -192,12 +192,13 @@ def _steps_of_taps(steps: int, kernel: int, stride: int) -> list[slice]:
     return [slice(tap, tap + steps - kernel + 1, stride) for tap in range(kernel)]
 
 
-def _is_for_compiled_passes(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+def _are_compiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the passes over activations of this type are those of `utils.compiled_passes`."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def _compiled_passes() -> ModuleType:
-    """`utils.compiled_passes`, imported where it is needed: numba takes a second."""
+    """`utils.compiled_passes`, imported where it is needed, for that takes seconds."""
     from utils import compiled_passes
 
     return compiled_passes
@@ -324,7 +325,10 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.empty(networks, channels_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(network, step, sample, channel in) to (network, step out, sample, channel out), in the products' format, or the bias's."""
+        """(network, step, sample, channel in) to (network, step out, sample, channel out).
+
+        In the products' format; with a bias, in the weights'.
+        """
         if self.stride == 1 and self.product == torch.float32:
             steps_out = x.shape[1] + sum(self.padding) - self.weight.shape[1] + 1
             y = _TapConvolution.apply(x.contiguous(), self.weight, self.padding[0], steps_out)
@@ -364,7 +368,7 @@ class BatchNorm(nn.Module):
             ]
             y = torch.stack(parts).view_as(x)
             return y.relu_() if relu else y
-        if _is_for_compiled_passes(x):
+        if _are_compiled(x.dtype, x.device):
             normed = _compiled_passes().BatchNormOfHalves.apply(x, self.weight, self.bias, mask, self.eps, relu)
         else:
             normed = _BatchNorm.apply(x.to(self.weight.dtype).contiguous(), self.weight, self.bias, mask, self.eps, relu)
@@ -446,3 +450,5 @@ def set_product_dtype(stack: nn.Module, dtype: torch.dtype) -> None:
     for layer in stack.modules():
         if isinstance(layer, Conv):
             layer.product = dtype
+            if _are_compiled(dtype, layer.weight.device):
+                _compiled_passes()  # compiled now, for all processes that will be forked from this one
