@@ -124,10 +124,10 @@ def _refuse_short_lines(path: Path) -> None:
                 )
 
 
-def _but_alike(rows: pd.DataFrame, name: str) -> str:
+def _similar_column(rows: pd.DataFrame, name: str) -> str:
     """End of a sentence on a column that is absent: the one that was probably meant, if any."""
     alike = [column for column in map(str, rows.columns) if column.strip().casefold() == name.casefold()]
-    return f"; there is {alike[0]!r}, other in spaces or capitals" if alike else ""
+    return f"; there is {alike[0]!r}, which differs in spaces or capitals" if alike else ""
 
 
 def check_table(rows: pd.DataFrame, path: Path) -> None:
@@ -149,7 +149,7 @@ def check_table(rows: pd.DataFrame, path: Path) -> None:
         more = f" and {len(missing) - COLUMNS_NAMED} more" if len(missing) > COLUMNS_NAMED else ""
         raise InputError(
             f"{path} has no column {named}{more}; expected are {', '.join(KEYS)}, a study variable "
-            f"and {len(PREDICTORS)} predictors {PREDICTORS[0]} to {PREDICTORS[-1]}{_but_alike(rows, missing[0])}"
+            f"and {len(PREDICTORS)} predictors {PREDICTORS[0]} to {PREDICTORS[-1]}{_similar_column(rows, missing[0])}"
         )
     present = [*required, *(name for name in STUDY_VARIABLES if name in rows.columns)]
     for column in present:
@@ -189,8 +189,8 @@ def prepare(table: Table, study_variable: str) -> Samples:
         InputError: the study variable's column is absent or no row is left.
     """
     if study_variable not in table.rows.columns:
-        alike = _but_alike(table.rows, study_variable)
-        raise InputError(f"{table.name} has no column {study_variable!r}, the study variable asked for{alike}")
+        hint = _similar_column(table.rows, study_variable)
+        raise InputError(f"{table.name} has no column {study_variable!r}, the study variable asked for{hint}")
     rows = table.rows.sort_values("yep", kind="stable", key=lambda names: names.astype(str))
     numbers = ["year", study_variable, *PREDICTORS]
     rows = rows[[*KEYS, *numbers[1:]]].astype(dict.fromkeys(numbers, np.float64))

@@ -30,7 +30,7 @@ class InceptionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(network, step, sample, channel in) to (network, step, sample, 4 x num_filters)."""
-        # Never in the products' bfloat16, in which the gradients of three convolutions would be summed.
+        # Never in bfloat16: three convolutions read it, and their gradients are summed in its format.
         narrow = self.bottleneck(x).to(x.dtype)
         around = F.pad(x, (0, 0, 0, 0, 1, 1), value=float("-inf"))
         highest = torch.maximum(torch.maximum(around[:, :-2], around[:, 2:]), x)

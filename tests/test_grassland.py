@@ -125,7 +125,7 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
     [
         (lambda rows: rows.drop(columns="nirb_4"), "has no column 'nirb_4'"),
         (lambda rows: rows.rename(columns={"yep": "key"}), "has no column 'yep'.* to \\w+$"),
-        (lambda rows: rows.rename(columns={"red_3": " Red_3"}), "has no column 'red_3'.*; there is ' Red_3', other in"),
+        (lambda rows: rows.rename(columns={"red_3": " Red_3"}), "has no column 'red_3'.*; there is ' Red_3', which"),
         (lambda rows: rows.drop(columns=PREDICTORS[:7]), "has no column 'blue_0', .*'nirb_0' and 2 more; expected are"),
         (break_text, r"row 7 \(yep .*\), column 'nir_3': 'cloudy' is not a finite number"),
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, np.inf)), "row 4 .*'red_0': 'inf' is not"),

@@ -11,7 +11,14 @@ from models import ESTIMATORS, NETWORKS, make_stack
 from models.classical import GaussianProcess, Ridge, Rocket
 from utils.errors import InputError
 from utils.seeds import INITIAL_WEIGHTS, generator_for
-from utils.stacked_layers import Stack, load_network_state, network_state
+from utils.stacked_layers import (
+    Conv,
+    Stack,
+    load_network_state,
+    network_state,
+    set_dropout_generators,
+    set_product_dtype,
+)
 
 CASES = golden("biodiversity_models")["models"]
 FILL = {
@@ -54,6 +61,22 @@ def test_golden_outputs_and_gradients(case: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(case["train_l1_loss"], rel=1e-9)
     norm = sum(float((p.grad[1] ** 2).sum()) for p in stack.parameters() if p.grad is not None) ** 0.5
     assert norm == pytest.approx(case["train_gradient_l2_norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_only_convolutions_see_bfloat16(model: str) -> None:
+    """What several layers read is float32, for their gradients are summed in its format."""
+    stack = make_stack(model, 2, 10, 16, DEFAULTS)
+    stack.initialise([torch.Generator().manual_seed(n) for n in range(2)])
+    set_dropout_generators(stack, [torch.Generator().manual_seed(n) for n in range(2)])
+    set_product_dtype(stack, torch.bfloat16)
+    read = []
+    for layer in stack.modules():
+        if isinstance(layer, Conv):
+            layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].dtype))
+    predicted = stack(torch.randn(2, 16, 4, 10))
+    assert predicted.dtype == torch.float32 and set(read) <= {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(predicted.sum(), list(stack.parameters())))
 
 
 def test_published_parameter_counts() -> None:

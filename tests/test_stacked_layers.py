@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.compiled_passes import unfold
 from utils.stacked_layers import (
     BatchNorm,
     Conv,
@@ -141,6 +140,8 @@ def test_padding_of_a_ragged_batch_changes_nothing() -> None:
 def test_the_compiled_unfolding_is_that_of_pytorch(
     kernel: int, stride: int, padding: tuple[int, int], in_reverse: bool
 ) -> None:
+    from utils.compiled_passes import unfold  # compiled at import, for seconds
+
     x = random_input(7).bfloat16()
     windows = F.pad(x, (0, 0, 0, 0, *padding)).unfold(1, kernel, stride)
     expected = (windows.flip(4) if in_reverse else windows).transpose(3, 4).flatten(3)
@@ -172,6 +173,16 @@ def test_the_compiled_batch_norm_is_that_of_float32(relu: bool, rows: list[int] 
     low.eval()
     assert low(x).dtype == torch.float32
     torch.testing.assert_close(low(x), exact.eval()(wide))
+
+
+def test_compiled_gradients_are_rounded_to_even_and_may_be_of_any_layout() -> None:
+    """Inputs of mean 0 and variance 1, sums of dy and of dy x that are 0: dx is dy, rounded."""
+    norm = BatchNorm(1, 2, eps=0)
+    x = torch.tensor([1.0, 1, -1, -1])[None, None, :, None].expand(1, 1, 4, 2).bfloat16().requires_grad_()
+    between = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # halfway between two neighbours
+    upstream = between.expand(1, 1, 4, 2) * torch.tensor([1.0, -1, -1, 1])[None, None, :, None]
+    (dx,) = torch.autograd.grad(norm(x), x, upstream.transpose(2, 3).contiguous().transpose(2, 3))
+    assert torch.equal(dx, upstream.bfloat16())
 
 
 def test_a_diverged_network_is_not_hidden_by_the_compiled_relu() -> None:

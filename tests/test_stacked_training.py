@@ -75,6 +75,7 @@ def one_thread() -> Iterator[None]:
         ("ResNet18T", 2, "32"),
         ("ResNet18T", 2, "bf16"),
         ("InceptionTime", 2, "bf16"),
+        ("FCN", 1, "bf16"),
     ],
 )
 def test_a_fold_trains_the_same_alone_beside_others_and_after_an_interruption(

@@ -180,7 +180,7 @@ def _unfold(x: Tensor, kernel: int, stride: int, padding: tuple[int, int], in_re
     """(network, step, sample, channel) to (network, step out, sample, tap x channel), zero-padded."""
     if kernel == stride == 1 and padding == (0, 0):
         return x
-    if _are_compiled(x.dtype, x.device):
+    if _uses_compiled_passes(x.dtype, x.device):
         return _compiled_passes().unfold(x, kernel, stride, padding, in_reverse)
     padded = F.pad(x, (0, 0, 0, 0, *padding))
     parts = [padded[:, steps] for steps in _steps_of_taps(padded.shape[1], kernel, stride)]
@@ -192,7 +192,7 @@ def _steps_of_taps(steps: int, kernel: int, stride: int) -> list[slice]:
     return [slice(tap, tap + steps - kernel + 1, stride) for tap in range(kernel)]
 
 
-def _are_compiled(dtype: torch.dtype, device: torch.device) -> bool:
+def _uses_compiled_passes(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the passes over activations of this type are those of `utils.compiled_passes`."""
     return dtype == torch.bfloat16 and device.type == "cpu"
 
@@ -214,7 +214,7 @@ class _UnfoldedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], product: torch.dtype) -> Tensor:
-        ctx.kinds, x, weight = (x.dtype, weight.dtype), x.to(product), weight.to(product)
+        ctx.dtypes, x, weight = (x.dtype, weight.dtype), x.to(product), weight.to(product)
         unfolded = _unfold(x, weight.shape[1], stride, padding)
         ctx.stride, ctx.padding, ctx.steps = stride, padding, x.shape[1]
         ctx.unfolds_dy = stride == 1 and ctx.needs_input_grad[0]
@@ -225,7 +225,7 @@ class _UnfoldedConvolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight = ctx.saved_tensors
         dy, dx = gradients[0], None
-        kind_x, kind_weight = ctx.kinds
+        x_dtype, weight_dtype = ctx.dtypes
         kernel, (left, right) = weight.shape[1], ctx.padding
         saved_back = saved.flatten(1, 2).transpose(1, 2)
         if ctx.unfolds_dy:
@@ -234,7 +234,7 @@ class _UnfoldedConvolution(torch.autograd.Function):
             unfolded = _unfold(dy, kernel, 1, outer, in_reverse=True).flatten(1, 2)
             dx = torch.bmm(unfolded, weight.transpose(1, 2).flatten(2).transpose(1, 2)).view_as(saved)
             dweight = torch.bmm(saved_back, unfolded).unflatten(2, (kernel, -1)).transpose(1, 2)
-            return dx.to(kind_x), dweight.to(kind_weight), None, None, None
+            return dx.to(x_dtype), dweight.to(weight_dtype), None, None, None
         dweight = torch.bmm(saved_back, dy.flatten(1, 2)).view_as(weight)
         if ctx.needs_input_grad[0]:
             by_tap = torch.bmm(dy.flatten(1, 2), weight.flatten(1, 2).transpose(1, 2)).view_as(saved)
@@ -242,8 +242,8 @@ class _UnfoldedConvolution(torch.autograd.Function):
             steps_of_taps = _steps_of_taps(dpadded.shape[1], kernel, ctx.stride)
             for steps, part in reversed(list(zip(steps_of_taps, by_tap.chunk(kernel, dim=3), strict=True))):
                 dpadded[:, steps] += part
-            dx = dpadded[:, left : left + ctx.steps].contiguous().to(kind_x)
-        return dx, dweight.to(kind_weight), None, None, None
+            dx = dpadded[:, left : left + ctx.steps].contiguous().to(x_dtype)
+        return dx, dweight.to(weight_dtype), None, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -327,7 +327,7 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(network, step, sample, channel in) to (network, step out, sample, channel out).
 
-        In the products' format; with a bias, in the weights'.
+        In the format of the products (`self.product`); with a bias, in that of the weights.
         """
         if self.stride == 1 and self.product == torch.float32:
             steps_out = x.shape[1] + sum(self.padding) - self.weight.shape[1] + 1
@@ -368,11 +368,11 @@ class BatchNorm(nn.Module):
             ]
             y = torch.stack(parts).view_as(x)
             return y.relu_() if relu else y
-        if _are_compiled(x.dtype, x.device):
-            normed = _compiled_passes().BatchNormOfHalves.apply(x, self.weight, self.bias, mask, self.eps, relu)
+        if _uses_compiled_passes(x.dtype, x.device):
+            function = _compiled_passes().Bfloat16BatchNorm
         else:
-            normed = _BatchNorm.apply(x.to(self.weight.dtype).contiguous(), self.weight, self.bias, mask, self.eps, relu)
-        y, mean, variance = normed
+            function, x = _BatchNorm, x.to(self.weight.dtype).contiguous()
+        y, mean, variance = function.apply(x, self.weight, self.bias, mask, self.eps, relu)
         with torch.no_grad():
             momentum: float | Tensor = self.momentum
             count: float | Tensor = float(x.shape[1] * x.shape[2])
@@ -450,5 +450,5 @@ def set_product_dtype(stack: nn.Module, dtype: torch.dtype) -> None:
     for layer in stack.modules():
         if isinstance(layer, Conv):
             layer.product = dtype
-            if _are_compiled(dtype, layer.weight.device):
-                _compiled_passes()  # compiled now, for all processes that will be forked from this one
+        elif isinstance(layer, BatchNorm) and _uses_compiled_passes(dtype, layer.weight.device):
+            _compiled_passes()  # compiled now, for all processes that will be forked from this one
