@@ -38,7 +38,7 @@ from datasets.grassland import (
 from models import ESTIMATORS, NETWORKS, make_stack, own_flags
 from utils import figures
 from utils.errors import InputError
-from utils.flags import FlagParser, one_of, real, whole, whole_list, yes_no
+from utils.flags import FlagParser, assignment, one_of, real, whole, whole_list, yes_no
 from utils.fold_processes import FoldProcesses, fold_processes
 from utils.metrics import Scores, score
 from utils.network_summary import summarise
@@ -62,6 +62,7 @@ from utils.runs import (
     write_tensors,
 )
 from utils.seeds import ESTIMATOR_MEMBERS, generator_for
+from utils.stacked_layers import Conv
 from utils.stacked_training import (
     Advance,
     FoldData,
@@ -74,6 +75,7 @@ from utils.stacked_training import (
 )
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
+HARDLY = 0.01  # of the observations' spread: predictions of less tell the plots apart no more
 SECONDS_BETWEEN_LOOKS = 0.2  # at the folds in training, for the progress bar
 
 parser = FlagParser(prog="main.py", description=__doc__)
@@ -210,16 +212,19 @@ def main() -> None:
 
 
 def flags_without_effect(flags: dict[str, Any]) -> list[str]:
-    """`name=value` of flags that were set to other than their defaults and that the model does not read."""
+    """Flags, as a user types them, that were set to other than their defaults and that the model does not read."""
     model, defaults = flags["model"], parser.parse_flags([])
     readers = {**NETWORKS, **ESTIMATORS}
     of_some_model = {name for reader in readers.values() for name in own_flags(reader, flags)}
     idle = (of_some_model | {*OPTIMIZER_FLAGS, "original_training"}) - own_flags(readers[model], flags).keys() - {"seed"}
     if model in NETWORKS:
         idle -= set(flags_in_use(model, flags))
+        stack = make_stack(model, 1, len(BANDS), STEPS, flags)
+        if not any(isinstance(layer, Conv) for layer in stack.modules()):
+            idle.add("precision")
     else:
         idle |= {"batch_size", "epochs", "warmup_epochs", "precision"}
-    return [f"{name}={flags[name]}" for name in sorted(idle) if flags[name] != defaults[name]]
+    return [assignment(name, flags[name]) for name in sorted(idle) if flags[name] != defaults[name]]
 
 
 def load_table(dataset: str) -> Table:
@@ -545,6 +550,11 @@ def report_results(run: Run) -> None:
             say(f"Fold {result.number}/{len(results)}: all test observations are the same, r2 is undefined")
         elif np.ptp(predicted) == 0:
             say(f"Fold {result.number}/{len(results)}: all predictions are the same, r2 is undefined and counted as 0")
+        elif predicted.std() < HARDLY * samples.y[test].std():
+            say(
+                f"Fold {result.number}/{len(results)}: predictions hardly differ, sd {predicted.std():.2g} against "
+                f"{samples.y[test].std():.2g} of the observations; r2 and RMSEU say little, a lower lr may help"
+            )
         keys = samples.keys.iloc[test]
         tables.append(
             pd.DataFrame(

@@ -190,6 +190,9 @@ def prepare(table: Table, study_variable: str) -> Samples:
     """
     if study_variable not in table.rows.columns:
         hint = _similar_column(table.rows, study_variable)
+        others = [name for name in STUDY_VARIABLES if name in table.rows.columns]
+        if others and not hint:
+            hint = f"; it has {' and '.join(others)}"
         raise InputError(f"{table.name} has no column {study_variable!r}, the study variable asked for{hint}")
     rows = table.rows.sort_values("yep", kind="stable", key=lambda names: names.astype(str))
     numbers = ["year", study_variable, *PREDICTORS]

@@ -216,7 +216,7 @@ def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     tiny = demo.rows.drop_duplicates("ep").head(12)
     with pytest.raises(InputError, match="fold 1: test rows: 2; 3 are needed"):
         split(prepare(with_rows(demo, tiny), "Shannon"), "split_by_plot", 42)
-    with pytest.raises(InputError, match="no column 'Simpson'"):
+    with pytest.raises(InputError, match=r"no column 'Simpson', .*; it has SpecRichness and Shannon$"):
         prepare(with_rows(demo, demo.rows.drop(columns="Simpson")), "Simpson")
     with pytest.raises(InputError, match=r"no column 'Simpson', .*; there is 'simpson '"):
         prepare(with_rows(demo, demo.rows.rename(columns={"Simpson": "simpson "})), "Simpson")

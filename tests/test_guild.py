@@ -186,6 +186,9 @@ def test_restart_goes_on_where_a_killed_run_stopped(
     assert kept["status"] == "completed" and kept["r2_mean"] == finished["r2_mean"]
     other = guild("run", "--yes", "--restart", cut["run"], "epochs=70")
     assert other.returncode == 2 and "epochs=60, but epochs=70 was given" in other.stderr
+    # Guild keeps the refused flag, so the sentence names the command that undoes it.
+    undoing = re.search(r"`guild (run --restart \w+ epochs=60)`", other.stderr)
+    assert undoing is not None and guild(*undoing[1].split(), "--yes").returncode == 0
     assert (folder / "metrics.json").read_bytes() == figures
 
 

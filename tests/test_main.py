@@ -25,6 +25,7 @@ import main
 from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
 from main import Run
 from models import ESTIMATORS, make_stack
+from models.classical import Ridge
 from utils.figures import scatter
 from utils.metrics import score
 from utils.runs import CHECKPOINT, read_tensors, write_tensors
@@ -105,6 +106,12 @@ def test_the_scatter_shows_every_observatory() -> None:
         (["model=ResNet18T", "lr=0.5", "kernel_size=3"], ""),
         (["model=ResNet18T", "lr=0.5", "original_training=yes"], "Without effect on ResNet18T: lr=0.5"),
         (["model=Ridge", "num_kernels=9", "epochs=7"], "Without effect on Ridge: epochs=7, num_kernels=9"),
+        (["model=MLP", "precision=bf16"], "Without effect on MLP: precision=bf16"),
+        (["model=Transformer", "precision=bf16"], ""),
+        (
+            ["model=FCN", "original_training=yes", "strides=1 2 1 1"],
+            "Without effect on FCN: original_training=yes, strides='1 2 1 1'",
+        ),
     ],
 )
 def test_flags_that_a_model_does_not_read_are_told(
@@ -130,6 +137,15 @@ def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[...,
     scaled = (rows[PREDICTORS].to_numpy() - record["predictor_mean"]) / record["predictor_sd"]
     x = torch.from_numpy(scaled.astype(np.float32)).view(len(rows), 16, 10).transpose(1, 2)
     np.testing.assert_allclose(predict(stack, x).mean(0), predictions.loc[rows.index, "predicted"], rtol=1e-4)
+
+
+def test_predictions_that_hardly_differ_are_told(run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a network whose rate was too high: its figures mean little."""
+    monkeypatch.setattr(Ridge, "predict", lambda _, x: 30 + 1e-3 * np.arange(len(x)))
+    done = run_main("dataset=demo", "model=Ridge")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in lines_of(done.stdout) if "predictions hardly differ, sd 0.0" in line]
+    assert len(told) == 5 and all("of the observations; r2 and RMSEU say little" in line for line in told)
 
 
 def test_observations_that_are_all_the_same_are_told(run_main: Callable[..., Ended], tmp_path: Path) -> None:
@@ -395,7 +411,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
         (["epochs=0"], "epochs: 0 is not a whole number of at least 1"),
         (["beta1=1"], "beta1: 1 is not a number of at least 0 and below 1"),
         (["eps=0"], "eps: 0 is not a number above 0"),
-        (["lr=nan"], "lr: nan is not a number"),
+        (["lr=nan"], "lr: nan is not finite; expected is a number of at least 0"),
         (["kernel_size=4"], "kernel_size=4 does not fit"),
         (["model=InceptionTime", "bottleneck_factor=99"], "bottleneck_factor=99 leaves no channel"),
         (["strides=9 9 1 1"], "leaves no time step"),

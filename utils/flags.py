@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -67,8 +68,9 @@ def real(least: float, most: float = math.inf, *, above: bool = False, below: bo
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
-        inside = least <= value <= most and math.isfinite(value)
-        if not inside or (above and value == least) or (below and value == most):
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite; expected is {expected}")
+        if not least <= value <= most or (above and value == least) or (below and value == most):
             raise argparse.ArgumentTypeError(f"{text} is not {expected}")
         return value
 
@@ -112,6 +114,15 @@ def number_of(*allowed: float) -> Callable[[str], float]:
 def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """The word auto, whose value (None) is settled by something else, or what `parse` accepts."""
     return lambda text: None if text == "auto" else parse(text)
+
+
+def assignment(name: str, value: Any) -> str:
+    """`name=value` as a user types it after `guild run`."""
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    elif isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    return f"{name}={shlex.quote(str(value))}"
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.flags import assignment
 
 CHECKPOINT = "checkpoint.safetensors"
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in PyTorch's messages
@@ -130,8 +131,12 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
     """
     for name, value in json.loads(json.dumps(now)).items():
         if before.get(name) != value:
+            former = assignment(name, before.get(name))
+            # Guild keeps a flag that was refused; the run goes on only if it is given the former value again.
+            is_flag_of_guild = "RUN_ID" in os.environ and not name.endswith("sha256")
+            resume = f"`{how_to_resume()} {former}`" if is_flag_of_guild else "the former"
             raise InputError(
-                f"{path} is of a run with {name}={before.get(name)}, but {name}={value} was given; go on with the former, "
+                f"{path} is of a run with {former}, but {assignment(name, value)} was given; go on with {resume}, "
                 f"or start {a_new_run()}"
             )
 
