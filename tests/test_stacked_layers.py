@@ -160,6 +160,7 @@ def test_the_compiled_batch_norm_is_that_of_float32(relu: bool, rows: list[int] 
     x = (3 + random_input(40)).bfloat16().requires_grad_()
     wide = x.detach().float().requires_grad_()
     y, expected = low(x, mask, relu=relu), exact(wide, mask, relu=relu)
+    assert type(y.grad_fn).__name__ == "Bfloat16BatchNormBackward"
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(y)
     gradients = torch.autograd.grad(y, (x, low.weight, low.bias), upstream)

@@ -143,6 +143,12 @@ def _normalise(
                     y[n, step, sample] = 0
 
 
+@njit(inline="always")
+def _through_relu(dy: np.float32, y: np.float32, relu: bool) -> np.float32:
+    """The gradient before a ReLU, if there is one, from that after it."""
+    return f32(0) if relu and y <= 0 else dy
+
+
 @njit(void(FLOATS_4, BITS_4, FLOATS_4, *(FLOATS_2,) * 4, float64, boolean, BITS_4, *(FLOATS_2,) * 2), error_model="numpy")
 def _normalise_back(
     dy: Floats,
@@ -172,9 +178,7 @@ def _normalise_back(
             for sample in range(samples):
                 if mask[n, sample] != 0:
                     for c in range(channels):
-                        upstream = dy[n, step, sample, c]
-                        if relu:
-                            upstream = upstream if y[n, step, sample, c] > 0 else f32(0)
+                        upstream = _through_relu(dy[n, step, sample, c], y[n, step, sample, c], relu)
                         sum_dy[c] += upstream
                         sum_dy_deviation[c] += upstream * (_to_float32(x[n, step, sample, c]) - mean[n, c])
             for c in range(channels):
@@ -191,9 +195,7 @@ def _normalise_back(
             for sample in range(samples):
                 if mask[n, sample] != 0:
                     for c in range(channels):
-                        upstream = dy[n, step, sample, c]
-                        if relu:
-                            upstream = upstream if y[n, step, sample, c] > 0 else f32(0)
+                        upstream = _through_relu(dy[n, step, sample, c], y[n, step, sample, c], relu)
                         dx[n, step, sample, c] = _to_bfloat16(
                             scale[c] * upstream + slope[c] * _to_float32(x[n, step, sample, c]) + shift[c]
                         )
