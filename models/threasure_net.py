@@ -243,7 +243,8 @@ class UNetLevel(nn.Module):
 class UNet(nn.Module):
     """Encoder of single images of the published ablation: four levels down, batch norm, reflected borders.
 
-    Its batch statistics are those of the images of a batch that are no padding.
+    Its batch statistics are those of the images of a batch that are no padding. The published convolutions have biases,
+    which the batch norm after each of them takes away again; these have none.
     """
 
     def __init__(self, channels_in: int, channels: int) -> None:
@@ -252,6 +253,7 @@ class UNet(nn.Module):
         decoder = (channels, channels, channels, 2 * channels, 2 * channels)
         self.stem = nn.Sequential(reflecting_conv(channels_in, encoder[0]), reflecting_conv(encoder[0], encoder[0]))
         self.levels = UNetLevel(encoder, decoder)
+        self.conv_out = reflecting_conv(decoder[0], channels)
         self.grid = 2 ** (len(encoder) - 1)
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -276,7 +278,7 @@ class UNet(nn.Module):
                 f"images of {rows} x {columns} pixels are too small for the U-Net: over {self.grid} are expected"
             )
         x = F.pad(x, (0, -columns % self.grid, 0, -rows % self.grid), mode="reflect")
-        return crop(self.levels(self.stem(x))[..., :rows, :columns], inset)
+        return crop(self.conv_out(self.levels(self.stem(x)))[..., :rows, :columns], inset)
 
 
 def day_code(days: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -446,10 +448,10 @@ class ThreasureNet(nn.Module):
         self.encoder: ResidualDenseNetwork | UNet
         if encoder == "rdn":
             self.encoder = ResidualDenseNetwork(channels_in, channels, growth_channels, num_rdb, num_dense_layers)
-            widths = (channels, channels, 2 * channels, channels)
+            widths = [channels, channels, 2 * channels, channels]
         else:
             self.encoder = UNet(channels_in, channels)
-            widths = (channels, 2 * channels, 2 * channels, channels)
+            widths = [channels, channels, 2 * channels, 2 * channels, channels]
         self.attention = TemporalAttention(channels)
         self.upsampling: Upsampling | None = None
         if self.factor > 1:

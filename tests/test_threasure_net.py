@@ -1,5 +1,6 @@
 """The canopy-height network against golden numbers and against the same network written plainly."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from conftest import golden
 from torch import Tensor, nn
 
 from benchmarks.plain_threasure_net import PlainThreasureNet
-from models.threasure_net import ThreasureNet
+from models.threasure_net import ThreasureNet, UNet, UNetLevel
 from utils.errors import InputError
 
 GOLDEN = golden("canopy_models")
+GOLDEN_UNET = golden("canopy_unet")
 MARGINS = {10: 24, 5: 32, 2.5: 32}
 SMALL: dict[str, Any] = {"num_rdb": 1, "num_dense_layers": 2, "growth_channels": 8, "channels": 16}
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -35,16 +37,73 @@ def fill(network: nn.Module, case: dict[str, Any]) -> None:
             parameter.copy_(torch.from_numpy(scaled))
 
 
-def golden_inputs(angles: bool) -> Inputs:
-    """The golden file's images, standardised, days, LiDAR days and padding."""
-    x = np.random.RandomState(7).randint(0, 4000, (2, 4, 10, 20, 20))
+def unet_blocks(encoder: UNet) -> dict[str, nn.Sequential]:
+    """Our convolutions with their batch norms, by the published name of the convolution."""
+    blocks: dict[str, nn.Module] = {
+        "in_conv.conv.conv.0": encoder.stem[0],
+        "in_conv.conv.conv.3": encoder.stem[1],
+        "out_conv.conv.conv.0": encoder.conv_out,
+    }
+    level: UNetLevel | None = encoder.levels
+    for number in range(4):
+        assert level is not None
+        blocks |= {
+            f"down_blocks.{number}.down.conv.0": level.down[:2],
+            f"down_blocks.{number}.conv1.conv.0": level.down[3],
+            f"down_blocks.{number}.conv2.conv.0": level.refine_down,
+            f"up_blocks.{3 - number}.skip_conv.0": level.skip,
+            f"up_blocks.{3 - number}.up.0": level.up,
+            f"up_blocks.{3 - number}.conv1.conv.0": level.join,
+            f"up_blocks.{3 - number}.conv2.conv.0": level.refine_up,
+        }
+        level = level.below
+    assert level is None
+    return {name: block for name, block in blocks.items() if isinstance(block, nn.Sequential)}
+
+
+def unet_value(shape: list[int], kind: str, seed: int) -> Tensor:
+    """A published U-Net's parameter as its golden file says."""
+    z = np.random.RandomState(seed).standard_normal(shape)
+    if kind == "bias":
+        return torch.from_numpy(0.1 * z)
+    return torch.from_numpy(1.4 * z * np.sqrt(1 / (z.size / z.shape[0])) if z.ndim > 1 else z)
+
+
+def fill_unet(network: ThreasureNet) -> int:
+    """Set a U-Net's parameters as its golden file says; the number of published biases that it does without."""
+    assert isinstance(network.encoder, UNet)
+    prefix = "spatio_spectral_encoder.spectral_encoding.model."
+    values = {name.removeprefix(prefix): unet_value(*described) for name, *described in GOLDEN_UNET["state"]}
+    inert = 0
+    with torch.no_grad():
+        for name, block in unet_blocks(network.encoder).items():
+            parent, _, index = name.rpartition(".")
+            norm = f"{parent}.{int(index) + 1}"
+            bias = values.pop(f"{name}.bias")
+            inert += bias.numel()
+            sources = {"0.weight": values.pop(f"{name}.weight"), "1.running_mean": -bias}
+            sources |= {f"1.{part}": values.pop(f"{norm}.{part}") for part in ("weight", "bias")}
+            for ours, value in sources.items():
+                tensor = block.state_dict()[ours]
+                assert tensor.shape == value.shape
+                tensor.copy_(value)
+        others = [p for name, p in network.named_parameters() if not name.startswith("encoder.")]
+        for parameter, value in zip(others, values.values(), strict=True):
+            assert parameter.shape == value.shape
+            parameter.copy_(value)
+    return inert
+
+
+def golden_inputs(angles: bool, size: int = 20) -> Inputs:
+    """The golden files' images of size x size pixels, standardised, days, LiDAR days and padding."""
+    x = np.random.RandomState(7).randint(0, 4000, (2, 4, 10, size, size))
     x[0, 1, 3, 5, 6] = -10000
     x[0, 2, :, 0, 0] = 16000
     mean, scale = (np.array(GOLDEN[name])[:, None, None] for name in ("band_mean", "band_scale"))
     images = np.where(x == -10000, 0, (x.clip(0, 15000) - mean) / scale)
     if angles:
         drawn = np.random.RandomState(9).uniform(-1, 1, (2, 4, 6)).round(4)
-        images = np.concatenate([images, np.broadcast_to(drawn[..., None, None], (2, 4, 6, 20, 20))], 2)
+        images = np.concatenate([images, np.broadcast_to(drawn[..., None, None], (2, 4, 6, size, size))], 2)
     images[1, 3] = 0
     days = torch.tensor([[12, 105, 190, 300], [40, 150, 260, 0]])
     padding = torch.zeros(2, 4, dtype=torch.bool)
@@ -84,6 +143,18 @@ def assert_alike(ours: list[Tensor], reference: list[Tensor], tolerance: float =
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
+def assert_golden(outputs: Sequence[Tensor], case: dict[str, Any]) -> None:
+    """Height and logit as the golden file says, up to 1e-4 of their standard deviation."""
+    for values, name in zip(outputs, ("height", "logit"), strict=True):
+        assert list(values.shape) == case["output_shape"]
+        spread = case[f"{name}_std"]
+        assert float(values.mean()) == pytest.approx(case[f"{name}_mean"], abs=1e-4 * spread)
+        assert float(values.std(correction=0)) == pytest.approx(spread, rel=1e-4)
+        for pixel in case["samples"]:
+            value = float(values[pixel["sample"], 0, pixel["row"], pixel["col"]])
+            assert value == pytest.approx(pixel[name], abs=1e-4 * spread)
+
+
 @pytest.mark.parametrize("case", GOLDEN["models"], ids=lambda case: f"{case['resolution']} m, angles {case['angles']}")
 def test_golden_outputs_counts_and_margins(case: dict[str, Any]) -> None:
     network = ThreasureNet(case["resolution"], 16 if case["angles"] else 10, **settings(case)).eval()
@@ -92,15 +163,17 @@ def test_golden_outputs_counts_and_margins(case: dict[str, Any]) -> None:
     assert list(network.state_dict()) == [name for name, _ in network.named_parameters()]
     assert network.margin == MARGINS[case["resolution"]]
     with torch.no_grad():
-        height, vegetation = network(*golden_inputs(case["angles"]))
-    assert list(height.shape) == list(vegetation.shape) == case["output_shape"]
-    for values, name in ((height, "height"), (vegetation, "logit")):
-        spread = case[f"{name}_std"]
-        assert float(values.mean()) == pytest.approx(case[f"{name}_mean"], abs=1e-4 * spread)
-        assert float(values.std(correction=0)) == pytest.approx(spread, rel=1e-4)
-        for pixel in case["samples"]:
-            value = float(values[pixel["sample"], 0, pixel["row"], pixel["col"]])
-            assert value == pytest.approx(pixel[name], abs=1e-4 * spread)
+        assert_golden(network(*golden_inputs(case["angles"])), case)
+
+
+def test_golden_outputs_and_count_of_the_unet() -> None:
+    case = GOLDEN_UNET
+    network = ThreasureNet(case["resolution"], 16, encoder=case["encoder"], upsampling=case["upsampling"]).eval()
+    inert = fill_unet(network)
+    unused_query = 64
+    assert sum(p.numel() for p in network.parameters()) == case["parameters"] - inert - unused_query
+    with torch.no_grad():
+        assert_golden(network(*golden_inputs(case["angles"], size=32)), case)
 
 
 @pytest.mark.parametrize(("resolution", "doublings"), [(10, 0), (5, 1), (2.5, 2)])
@@ -240,7 +313,6 @@ def test_the_unet_takes_any_size_over_16() -> None:
     network = ThreasureNet(5, 5, encoder="unet", upsampling="interpolation").eval().double()
     network.initialise(torch.Generator().manual_seed(0))
     assert network.margin == 32
-    assert [tuple(p.shape) for p in network.head.trunk.parameters() if p.ndim == 2] == [(128, 64), (128, 128), (64, 128)]
     with torch.no_grad():
         assert network(*random_inputs(17, 40)).height.shape == (2, 1, 34, 80)
         with pytest.raises(InputError, match="16 x 40 pixels are too small for the U-Net: over 16"):
