@@ -37,6 +37,8 @@ QUERY_DAY = 183
 """Day of the year that the query's code counts from."""
 ATTENTION_DROPOUT = 0.1
 LEAK = 0.2
+ICNR_NOISE = 1e-3
+"""Standard deviation by which initial weights of a channel's sub-pixels differ."""
 INFERENCE_PIXELS = 2**17
 """Input pixels encoded at once where no gradient is kept."""
 UNET_MARGIN = 32
@@ -131,6 +133,19 @@ def initialise_uniform(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, genera
     if layer.bias is not None:
         bound = 1 / math.sqrt(layer.weight[0].numel())
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+def initialise_sub_pixels(conv: nn.Conv2d, generator: torch.Generator) -> None:
+    """Initial weights before a pixel shuffle by 2: the four sub-pixels of a channel start alike, up to noise (ICNR).
+
+    Aitken et al., "Checkerboard artifact free sub-pixel convolution", 2017. One Kaiming-normal kernel a channel; biases
+    are PyTorch's own and differ within a channel, as published.
+    """
+    initialise_uniform(conv, generator)
+    kernels = conv.weight.new_empty(conv.out_channels // 4, *conv.weight.shape[1:])
+    nn.init.kaiming_normal_(kernels, nonlinearity="relu", generator=generator)
+    noise = torch.empty_like(conv.weight.data).normal_(std=ICNR_NOISE, generator=generator)
+    conv.weight.data.copy_(kernels.repeat_interleave(4, 0) + noise)
 
 
 class DenseBlock(nn.Module):
@@ -340,14 +355,11 @@ class Upsampling(nn.Module):
         """How far an output pixel sees, in output pixels, the input pixel it lies in apart."""
 
     def initialise(self, generator: torch.Generator) -> None:
-        """PyTorch's own; before a shuffle, the four sub-pixels start alike (ICNR, Aitken et al. 2017) up to noise."""
-        *before_shuffle, last = convolutions(self.convs)
-        for conv in (*before_shuffle, last):
-            initialise_uniform(conv, generator)
-            if self.shuffle and conv is not last:
-                for parameter in conv.parameters():
-                    parameter.data = parameter[::4].repeat_interleave(4, 0).detach()
-                conv.weight.data += 1e-3 * torch.randn(conv.weight.shape, generator=generator)
+        """ICNR before a shuffle, else PyTorch's own."""
+        *before_doubling, last = convolutions(self.convs)
+        for conv in before_doubling:
+            (initialise_sub_pixels if self.shuffle else initialise_uniform)(conv, generator)
+        initialise_uniform(last, generator)
 
     def insets(self, inset: int) -> list[int]:
         """Pixels left out at each side before each convolution, and at last after all of them."""

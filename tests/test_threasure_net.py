@@ -306,7 +306,12 @@ def test_initial_weights_have_the_published_spread() -> None:
         assert isinstance(conv, nn.Conv2d)
         noise = conv.weight.unflatten(0, (64, 4)).std(1).square().mean().sqrt()
         assert float(noise) == pytest.approx(1e-3, rel=0.05)
-        assert float(conv.weight.abs().max()) < 1 / np.sqrt(64 * 9) + 6e-3
+        assert float(conv.weight.square().mean().sqrt()) == pytest.approx(0.059, rel=0.02)
+        assert conv.bias is not None
+        assert float(conv.bias.unflatten(0, (64, 4)).std(1).mean()) > 0.01, "biases are not repeated"
+        bound = 1 / np.sqrt(64 * 9)
+        assert float(conv.bias.abs().max()) <= bound
+        assert float(conv.bias.std()) == pytest.approx(bound / np.sqrt(3), rel=0.1)
 
 
 def test_the_unet_takes_any_size_over_16() -> None:
