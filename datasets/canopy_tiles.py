@@ -217,7 +217,7 @@ class CanopyPatches(Dataset[Sample]):
         if not self.training:
             centre = (SQUARE_SIZE - self.window) // 2
             if dates > self.max_dates:
-                chosen = np.rint(np.linspace(0, dates - 1, self.max_dates)).astype(np.int64)
+                chosen = np.linspace(0, dates - 1, self.max_dates).astype(np.int64)  # truncated, as published
             return centre, centre, chosen
         # A margin wider than the border keeps the window away from the edge.
         nearest = max(0, self.margin - BORDER)
