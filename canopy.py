@@ -601,9 +601,9 @@ def predict(run: Run, batch: Batch, generators: Sequence[torch.Generator] | None
 
 
 def standardised_target(run: Run, batch: Batch) -> Tensor:
-    """What the heights of a batch should be in the network's unit; 0 dm where there is no tall vegetation."""
+    """What the heights of a batch should be in the network's unit; that of 0 dm where there is no tall vegetation."""
     statistics = run.data.statistics
-    return (batch.height.masked_fill(batch.no_vegetation, 0) - statistics.height_median) / statistics.height_scale
+    return (batch.height - statistics.height_median) / statistics.height_scale
 
 
 def backward(run: Run, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
@@ -883,7 +883,7 @@ def write_window(
     reference: NDArray[np.float32],
     no_vegetation: NDArray[np.bool_],
 ) -> None:
-    """Write the prediction of a test window as a GeoTIFF of four bands."""
+    """Write the prediction of a test window as a GeoTIFF of four bands; the reference is 0 outside tall vegetation."""
     tile, patch = name_of(name)
     error = np.where(no_vegetation, NODATA, height - reference)
     bands = {"height (m)": height, "vegetation (probability)": vegetation, "reference (m)": reference, "error (m)": error}

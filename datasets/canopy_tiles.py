@@ -88,7 +88,8 @@ class Batch(NamedTuple):
         days: (sample, date) int64, day of year from 0 (1 January).
         padding: (sample, date) bool, True where there is no image.
         lidar_day: (sample,) int64, day of year from 0.
-        height: (sample, 1, row, column) float32, dm at the output resolution, without the margin.
+        height: (sample, 1, row, column) float32, dm at the output resolution, without the margin; 0 where there is no
+            tall vegetation.
         no_vegetation: (sample, 1, row, column) bool.
         names: tile/patch of each sample.
         corner: (sample, 2) float64, easting and northing of the window's upper-left corner (m), without the margin.
@@ -112,9 +113,8 @@ class CanopyPatches(Dataset[Sample]):
     and the dates are evenly spaced. Draws depend on the seed, the epoch and the sample's index alone, never on workers
     or order. Files are opened for a sample and let go after it, so memory does not grow with the number of patches.
 
-    Where the LiDAR was brought to a coarser resolution, low and isolated pixels are masked within the window. In
-    training the height of masked pixels is then 0; in validation and test it stays as measured, as published, for
-    errors that look across the edge of the vegetation. Neither ever holds a negative height.
+    Where the LiDAR was brought to a coarser resolution, low and isolated pixels are masked within the window. The height
+    of masked pixels is then 0, in training, validation and test alike, as published.
     """
 
     def __init__(
@@ -198,8 +198,7 @@ class CanopyPatches(Dataset[Sample]):
         height, no_vegetation = np.asarray(reference[0, ends, sides]), reference[1, ends, sides] != 0
         if self.resampled:
             height, no_vegetation = drop_low_and_isolated(height, no_vegetation)
-        if self.training:
-            height = np.where(no_vegetation, 0, height)
+        height = np.where(no_vegetation, 0, height)
         return Sample(
             images=np.asarray(images),
             angles=None if patch.angles is None else patch.angles[dates],

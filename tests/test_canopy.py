@@ -76,6 +76,7 @@ def test_a_run_leaves_what_it_promises(
         assert (file.bounds.left, file.bounds.top) == (easting + 420, northing - 420)
     valid = error != -10000
     np.testing.assert_allclose(error[valid], (height - reference)[valid], atol=1e-5)
+    assert not reference[~valid].any() and not valid.all()
     assert np.abs(error[valid]).mean() == pytest.approx(total["mae"], rel=1e-4)
     assert vegetation.min() >= 0 and vegetation.max() <= 1 and height.min() >= 0
 

@@ -25,7 +25,7 @@ class Scene(NamedTuple):
     Attributes:
         name: tile/patch.
         image: (band, row, column) reflectance x 10 000 of the date nearest to the LiDAR's, without margin.
-        reference: (row, column) m.
+        reference: (row, column) m, 0 where there is no tall vegetation.
         prediction: (row, column) m.
         no_vegetation: (row, column) bool.
         resolution: m.
@@ -75,7 +75,12 @@ def scenes(windows: list[Scene], title: str) -> "Figure":
         figure.colorbar(shown, cax=row[3].inset_axes(BESIDE), label="error (m)", extend="both")
         for axes in row:
             axes.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
-    names = ("Sentinel-2, true colour", "LiDAR reference", "prediction", "error (grey: no tall vegetation)")
+    names = (
+        "Sentinel-2, true colour",
+        "LiDAR reference (0: no tall vegetation)",
+        "prediction",
+        "error (grey: no tall vegetation)",
+    )
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=11)

@@ -45,6 +45,8 @@ def class_names() -> list[str]:
 def gradient_difference(prediction: Tensor, target: Tensor, no_vegetation: Tensor) -> tuple[Tensor, Tensor]:
     """Squared differences of first differences where the second pixel is vegetation, summed, and how many.
 
+    The target is 0 where there is no tall vegetation, so that a stand's edge is a step down to the ground.
+
     Returns:
         (2,) sums, in the squared unit of the heights, and (2,) counts, along columns and rows.
     """
