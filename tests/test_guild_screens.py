@@ -97,9 +97,15 @@ def served(home: Path, command: str, ready: str) -> Iterator[str]:
         port = free.getsockname()[1]
     with terminal(home, GUILD, command, "--no-open", "--host", "127.0.0.1", "--port", str(port)) as opened:
         opened.wait_for(rf"{ready} \S*http://127.0.0.1:{port}")
+        assert eventually(lambda: answers(port))  # the words come before the server
         yield f"http://127.0.0.1:{port}"
         os.kill(opened.process.pid, signal.SIGINT)
         assert opened.ended() == 0, opened.shown
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def answer(url: str, data: dict[str, Any] | None = None) -> Any:
@@ -110,7 +116,7 @@ def answer(url: str, data: dict[str, Any] | None = None) -> Any:
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
-    """A page that is served may still be reading the runs."""
+    """Ask until it holds: a server may still be starting, and one that serves still be reading the runs."""
     deadline = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.5)
