@@ -1,5 +1,7 @@
 # `make run` and `make test` do their whole set-up; both are safe to repeat.
-PYTHON ?= python3.11
+# The first of these that is a Python 3.11 to 3.13 makes the environment; PYTHON=/path/to/python names another. Guild's
+# last release does not start on 3.14, which dropped ast.Num and ast.Str.
+PYTHON ?= python3.13 python3.12 python3.11 python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Runs are kept where Guild looks for them when called in this folder.
@@ -28,8 +30,17 @@ test: $(VENV)/.test-ready
 
 # Guild 0.9.0 warns of pkg_resources at every start; its launcher, and nothing else, is told not to.
 $(VENV)/.run-ready: requirements.txt requirements.lock
+	@# A name may be there and not run, as pyenv's are; a venv without pip is one that was begun without ensurepip.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { bare=; \
+	  for python in $(PYTHON); do \
+	    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue; \
+	    $$python -c 'import ensurepip, venv' 2>/dev/null && exec $$python -m venv --clear $(VENV); \
+	    bare=$$python; \
+	  done; \
+	  if [ "$$bare" ]; then echo "$$bare cannot make an environment: on Debian and Ubuntu, apt-get install python3-venv."; \
+	  else echo "Python 3.11, 3.12 or 3.13 is needed, and none of these is one: $(PYTHON)." \
+	    "On Debian 12, 13 or Ubuntu 24.04: apt-get install python3 python3-venv."; fi >&2; exit 1; }
 	@echo "Installing the packages into $(VENV), which takes some minutes..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements.lock
 	@sed -i '1s|\(python[0-9.]*\)$$|\1 -Wignore:pkg_resources:UserWarning|' $(BIN)/guild
 	@mkdir -p $(GUILD_HOME)
@@ -39,9 +50,9 @@ $(VENV)/.test-ready: $(VENV)/.run-ready requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt -c requirements.lock
 	@touch $@
 
-# Resolve requirements.txt and requirements-test.txt anew.
+# Resolve requirements.txt and requirements-test.txt anew, for every Python from 3.11 on.
 lock: $(VENV)/.test-ready
-	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --no-emit-index-url --no-emit-find-links \
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-emit-index-url --no-emit-find-links \
 	  requirements.txt requirements-test.txt --output-file requirements.lock
 
 clean:

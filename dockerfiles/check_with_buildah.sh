@@ -9,7 +9,7 @@
 #   WORK=folder  keep images, runs and all else there (a temporary folder, removed at the end)
 set -eu
 project=$(dirname "$(dirname "$(readlink -f "$0")")")
-base=docker.io/library/python:3.11-slim-bookworm
+base=docker.io/library/python:3.13-slim-trixie
 image=localhost/resnets:cpu
 
 for tool in buildah ${STAND_IN:+debootstrap}; do
@@ -35,7 +35,7 @@ buildah() {
 
 if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
   if [ -n "${STAND_IN:-}" ]; then
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/debian" >"$work/debootstrap.log"
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates trixie "$work/debian" >"$work/debootstrap.log"
     container=$(buildah from scratch)
     buildah add --quiet "$container" "$work/debian" /
     buildah commit --quiet --rm "$container" "$base"

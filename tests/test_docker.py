@@ -76,6 +76,14 @@ def test_image_installs_from_the_makefiles_lock_file() -> None:
     assert in_image == in_makefile
 
 
+def test_check_builds_on_the_recipes_base() -> None:
+    (base,) = re.findall(r"^FROM (\S+)$", RECIPE, re.MULTILINE)
+    script = (DOCKERFILES / "check_with_buildah.sh").read_text()
+    assert re.findall(r"^base=docker\.io/library/(\S+)$", script, re.MULTILINE) == [base]
+    (stand_in,) = re.findall(r"debootstrap .* (\w+) \"\$work/debian\"", script)
+    assert base.endswith(f"-slim-{stand_in}")
+
+
 def test_copied_files_exist_and_are_in_the_build_context() -> None:
     context = (PROJECT / ".dockerignore").read_text().splitlines()
     assert "*" in context

@@ -87,6 +87,22 @@ def test_a_batch_file_runs_its_rows(guild: Callable[..., subprocess.CompletedPro
     assert len({row["seed"] for row in new} & {str(seed) for seed in range(1, 11)}) == 2
 
 
+def test_compare_shows_one_operation_where_asked(guild: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert " r2_mean " in guild("compare", "-t", "-Fo", "main").stdout
+    assert "main" not in guild("compare", "-t", "-Fo", "canopy").stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--optimize"], ["--optimizer", "gbrt"]], ids=" ".join)
+@pytest.mark.parametrize("operation", ["main", "canopy"])
+def test_a_search_says_in_a_sentence_that_it_does_not_run(
+    guild: Callable[..., subprocess.CompletedProcess[str]], operation: str, options: list[str]
+) -> None:
+    done = guild("run", operation, "lr=loguniform[1e-4:1e-2]", *options, "--yes")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("list the values, as in lr=[1e-4,1e-3,1e-2].")
+    assert "Traceback" not in done.stderr
+
+
 BATCHES = {
     path.name: list(csv.DictReader(path.read_text().splitlines())) for path in sorted((PROJECT / "batch").glob("*.csv"))
 }
@@ -153,6 +169,8 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
     columns = ["resolution", "data", "preset", "loss", "mae", "rmse", "bias", "r2", "iou", "params", "time_train"]
     assert [name for name in row if name in columns] == columns
     assert row["status"] == "completed" and float(row["mae"]) > 0 and row["loss"] == "patch_mae+gradient+vegetation"
+    label = f"10 m /…/{small_tiles.name} seed 42 patch_mae+gradient+vegetation rdn shuffle angles False"
+    assert row["label"] == label
     (metrics,) = tmp_path.glob("runs/*/metrics.json")
     assert json.loads(metrics.read_text())["flags"]["angles"] == "no"
 
