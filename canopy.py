@@ -53,6 +53,7 @@ from utils.figures import as_image, save_png
 from utils.flags import FlagParser, auto_or, auto_yes_no, number_of, one_of, real, whole
 from utils.runs import (
     CHECKPOINT,
+    add_to_label,
     called_from,
     choose_device,
     explaining_out_of_memory,
@@ -64,6 +65,7 @@ from utils.runs import (
     refuse_other_flags,
     run_or_explain,
     say,
+    say_where_results_are,
     versions,
     whole_file,
     write_json,
@@ -226,12 +228,15 @@ def main() -> None:
     flags = parser.parse_flags()
     device, cache = choose_device(flags.pop("device")), flags.pop("cache")
     keep_freed_memory()
+    changed = parser.changed(flags, ("loss", "encoder", "upsampling", "angles", "preset", "precision", "lr", "epochs"))
     lines = settle(flags, device)
     net = make_network(flags, len(BANDS))  # refuses flags that do not fit before anything is loaded
     if finished_before({name: value for name, value in flags.items() if name not in WHERE}):
         return
     fabric = start_processes(flags, device)
     told = say if fabric.is_global_zero else silent
+    if fabric.is_global_zero:
+        add_to_label(f"{flags['resolution']:g} m ", f" seed {flags['seed']}", changed)
     for line in lines:
         told(line)
     with ending_together(fabric):
@@ -854,6 +859,7 @@ def report_test(run: Run, params: int) -> None:
     Path(CHECKPOINT).unlink(missing_ok=True)
     for name, (_, kept) in zip(("best", "second_best"), progress.best, strict=False):
         weights_of(kept).replace(Path("models") / f"{name}.safetensors")
+    say_where_results_are(["test/", "scatter.png", "height_classes.png", "test.png"])
 
 
 # What the output says of the test, its name among the figures, its unit.

@@ -1,4 +1,4 @@
-"""Operation main: k-fold training and test of one architecture on the grassland table.
+"""Operation main: k-fold training and test of one architecture on a table of satellite time series.
 
 Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. Folds and ensemble members train as stacks of
 networks, one stack a core; a run that was interrupted goes on from its last checkpoint.
@@ -7,7 +7,6 @@ networks, one stack a core; a run that was interrupted goes on from its last che
 import hashlib
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,34 +16,49 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
-from sklearn.preprocessing import StandardScaler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets.grassland import (
-    BANDS,
+from datasets import published_grassland
+from datasets.series_table import (
+    FAR_OFF,
+    FOLDS,
     SPLIT_PROCEDURES,
-    STEPS,
-    STUDY_VARIABLES,
     Samples,
     Split,
     Table,
+    channels,
     demo_table,
+    describe,
     prepare,
     read_table,
     split,
+    standardise,
 )
 from models import ESTIMATORS, NETWORKS, make_stack, own_flags
 from utils import figures
 from utils.errors import InputError
-from utils.flags import FlagParser, assignment, one_of, real, whole, whole_list, yes_no
+from utils.flags import (
+    FlagParser,
+    assignment,
+    auto_or,
+    names_in,
+    numbers_of,
+    one_of,
+    real,
+    real_list,
+    step_ranges,
+    whole,
+    whole_list,
+    yes_no,
+)
 from utils.fold_processes import FoldProcesses, fold_processes
 from utils.metrics import Scores, score
 from utils.network_summary import summarise
 from utils.recipes import OPTIMIZER_FLAGS, flags_in_use, recipe_for
 from utils.runs import (
     CHECKPOINT,
+    add_to_label,
     called_from,
     choose_device,
     explaining_out_of_memory,
@@ -56,13 +70,14 @@ from utils.runs import (
     refuse_other_flags,
     run_or_explain,
     say,
+    say_where_results_are,
     versions,
     whole_file,
     write_json,
     write_tensors,
 )
 from utils.seeds import ESTIMATOR_MEMBERS, generator_for
-from utils.stacked_layers import Conv
+from utils.stacked_layers import Conv, Stack
 from utils.stacked_training import (
     Advance,
     FoldData,
@@ -79,19 +94,41 @@ HARDLY = 0.01  # of the observations' spread: predictions of less tell the plots
 SECONDS_BETWEEN_LOOKS = 0.2  # at the folds in training, for the progress bar
 
 parser = FlagParser(prog="main.py", description=__doc__)
+parser.flag("bands", str, "all", "bands to use, separated by spaces or commas, or all")
 parser.flag("batch_size", whole(1), 32, "rows of a training batch")
-parser.flag("beta1", real(0, 1, below=True), 0.9, "AdamW: decay of the gradient's mean")
-parser.flag("beta2", real(0, 1, below=True), 0.999, "AdamW: decay of the squared gradient's mean")
+parser.flag("beta1", auto_or(real(0, 1, below=True)), "auto", "decay of the gradient's mean; auto: published, 0.9")
+parser.flag(
+    "beta2", auto_or(real(0, 1, below=True)), "auto", "decay of the squared gradient's mean; auto: as published, 0.999"
+)
 parser.flag("bottleneck_factor", whole(1), 4, "InceptionTime: channels into a bottleneck over channels out of it")
 parser.flag(
-    "dataset", str, "grassland", "grassland (data/dataset.xlsx), demo (simulated), or a path to an .xlsx, .csv or .parquet"
+    "covariates", str, "none", "further columns, numbers or text, given to every model; spaces or commas between, or none"
+)
+parser.flag(
+    "dataset",
+    str,
+    "grassland",
+    "grassland (data/dataset.xlsx), demo (simulated), or a path to an .xlsx (my.xlsx#sheet), .csv, .tsv or .parquet",
 )
 parser.flag("ensemble_count", whole(1), 1, "networks of a fold, whose predictions are averaged")
 parser.flag("epochs", whole(1), 1500, "most training epochs after warm-up")
-parser.flag("eps", real(0, above=True), 1e-6, "AdamW: added to the root of the mean squared gradient")
+parser.flag(
+    "eps",
+    auto_or(real(0, above=True)),
+    "auto",
+    "added to the root of the mean squared gradient; auto: as published, 1e-6 for ResNet18T and InceptionTime",
+)
+parser.flag("folds", whole(2), FOLDS, "folds of split_by_plot")
+parser.flag("key_column", str, published_grassland.KEY, "column of a unique name of each row; may be absent")
 parser.flag("kernel_size", whole(1), 5, "ResNet18T: time steps that a convolution sees, odd")
-parser.flag("lr", real(0), 0.001, "AdamW: learning rate after warm-up")
+parser.flag(
+    "lr",
+    auto_or(real(0)),
+    "auto",
+    "learning rate after warm-up; auto: as published, 0.001 for ResNet18T and InceptionTime",
+)
 parser.flag("model", one_of(*NETWORKS, *ESTIMATORS), "ResNet18T", f"architecture: {', '.join([*NETWORKS, *ESTIMATORS])}")
+parser.flag("nodata", real_list, "none", "numbers that stand for missing values, separated by spaces or commas, or none")
 parser.flag("num_blocks_per_stage", whole_list(4), "1 1 1 1", "ResNet18T: blocks of each of the 4 stages")
 parser.flag("num_channels", whole_list(4), "64 64 64 64", "ResNet18T: channels of each of the 4 stages")
 parser.flag("num_filters", whole(1), 64, "InceptionTime: channels of each branch of a module")
@@ -99,22 +136,35 @@ parser.flag("num_kernels", whole(1), 15000, "Rocket: number of random kernels")
 parser.flag(
     "original_training", yes_no, "no", "ResNet18T, InceptionTime: yes/no, train as in their own papers, not as in ResNeTS"
 )
+parser.flag("plot_column", str, published_grassland.PLOT, "column that tells plots apart, or none: each row is a plot")
 parser.flag("precision", one_of("32", "bf16"), "32", "32 or bf16, number format of the convolutions' products")
+parser.flag("region_column", str, published_grassland.REGION, "column of the observatory or region; may be absent")
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
 parser.flag("shortcut_pooling", yes_no, "yes", "ResNet18T: yes/no, strided shortcuts average steps instead of skipping them")
 parser.flag(
     "split_procedure",
     one_of(*SPLIT_PROCEDURES),
     SPLIT_PROCEDURES[0],
-    f"a test fold holds whole plots or one observatory: {', '.join(SPLIT_PROCEDURES)}",
+    f"a test fold holds whole plots, one observatory (region) or one year: {', '.join(SPLIT_PROCEDURES)}",
 )
 parser.flag("stem_channels", whole(1), 96, "ResNet18T: channels out of the stem")
+parser.flag("steps", step_ranges, "all", 'time steps to use, as in "3-20" or "0 2 5-9", or all')
 parser.flag("strides", whole_list(4), "1 1 2 1", "ResNet18T: stride, in time steps, of each of the 4 stages")
 parser.flag(
-    "study_var", one_of(*STUDY_VARIABLES), STUDY_VARIABLES[0], f"diversity index to predict: {', '.join(STUDY_VARIABLES)}"
+    "study_var",
+    str,
+    next(iter(published_grassland.STUDY_VARIABLES)),
+    f"column to predict; in the published table {', '.join(published_grassland.STUDY_VARIABLES)}",
 )
+parser.flag("unit", str, "auto", "unit of the study variable, for the pictures; auto: none but for the published variables")
 parser.flag("warmup_epochs", whole(0), 150, "epochs of linearly rising learning rate before training")
-parser.flag("weight_decay", real(0), 0.001, "AdamW: decoupled weight decay")
+parser.flag(
+    "weight_decay",
+    auto_or(real(0)),
+    "auto",
+    "weight decay, decoupled in AdamW; auto: as published, 0.001 for ResNet18T and InceptionTime",
+)
+parser.flag("year_column", str, published_grassland.YEAR, "column of the year; may be absent")
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
 
 
@@ -181,25 +231,37 @@ def main() -> None:
     """Read, train, test, write."""
     flags = parser.parse_flags()
     device = choose_device(flags.pop("device"))
+    given = dict(flags)
+    resolve_auto_flags(flags)
     if finished_before(flags):
         return
+    changed = parser.changed(given, ("ensemble_count", "precision", "lr", "epochs"))
+    add_to_label(f"{flags['model']} ", f" seed {flags['seed']}", changed)
     keep_freed_memory()
-    if flags["model"] in NETWORKS:
-        make_stack(flags["model"], 1, len(BANDS), STEPS, flags)  # refuses flags that do not fit before anything is loaded
-    elif flags["ensemble_count"] > 1 and not ESTIMATORS[flags["model"]].has_random_part:
+    if flags["model"] in ESTIMATORS and flags["ensemble_count"] > 1 and not ESTIMATORS[flags["model"]].has_random_part:
         raise InputError(
             f"ensemble_count={flags['ensemble_count']}: {flags['model']} has no random part, only 1 makes sense"
         )
 
     table = load_table(flags["dataset"])
-    samples = prepare(table, flags["study_var"])
-    splits = split(samples, flags["split_procedure"], flags["seed"])
-    report_data(table, samples, splits)
+    samples = prepare(
+        table,
+        flags["study_var"],
+        **{name: flags[name] for name in ("plot_column", "year_column", "region_column", "key_column")},
+        covariates=names_in(flags["covariates"], "none"),
+        bands=names_in(flags["bands"], "all"),
+        steps=numbers_of(flags["steps"]),
+        nodata=[float(number) for number in names_in(flags["nodata"], "none")],
+    )
+    splits = split(samples, flags["split_procedure"], flags["seed"], flags["folds"])
+    run = Run(flags, table, samples, splits, device)
+    report_data(run)
 
-    idle = flags_without_effect(flags)
+    idle = flags_without_effect(run, given)
     if idle:
         say(f"Without effect on {flags['model']}: {', '.join(idle)}")
-    run = Run(flags, table, samples, splits, device)
+    if flags["folds"] != FOLDS and flags["split_procedure"] != SPLIT_PROCEDURES[0]:
+        say(f"Without effect on {flags['split_procedure']}: {assignment('folds', flags['folds'])}")
     if flags["model"] in NETWORKS:
         networks = len(splits) * flags["ensemble_count"]
         advice = f"on {device} with {networks} networks at once; lower ensemble_count, batch_size or the network's width"
@@ -209,22 +271,31 @@ def main() -> None:
         fit_estimators(run)
     report_results(run)
     Path(CHECKPOINT).unlink(missing_ok=True)
+    pictures = [path.name for path in (Path("scatter.png"), Path("losses.png")) if path.exists()]
+    say_where_results_are(["predictions.csv", *pictures])
 
 
-def flags_without_effect(flags: dict[str, Any]) -> list[str]:
-    """Flags, as a user types them, that were set to other than their defaults and that the model does not read."""
+def flags_without_effect(run: "Run", flags: dict[str, Any]) -> list[str]:
+    """Given flags that are not at their defaults and that the model does not read, as a user types them."""
     model, defaults = flags["model"], parser.parse_flags([])
     readers = {**NETWORKS, **ESTIMATORS}
     of_some_model = {name for reader in readers.values() for name in own_flags(reader, flags)}
     idle = (of_some_model | {*OPTIMIZER_FLAGS, "original_training"}) - own_flags(readers[model], flags).keys() - {"seed"}
     if model in NETWORKS:
-        idle -= set(flags_in_use(model, flags))
-        stack = make_stack(model, 1, len(BANDS), STEPS, flags)
-        if not any(isinstance(layer, Conv) for layer in stack.modules()):
+        idle -= flags_in_use(model, flags)
+        if not any(isinstance(layer, Conv) for layer in run.stack(1).modules()):
             idle.add("precision")
     else:
         idle |= {"batch_size", "epochs", "warmup_epochs", "precision"}
     return [assignment(name, flags[name]) for name in sorted(idle) if flags[name] != defaults[name]]
+
+
+def resolve_auto_flags(flags: dict[str, Any]) -> None:
+    """Replace auto by the published value in force, in place; what has no effect on the model stays auto."""
+    options = recipe_for(flags["model"], flags).options if flags["model"] in NETWORKS else {}
+    for name in OPTIMIZER_FLAGS:
+        if flags[name] is None:
+            flags[name] = options.get(name, "auto")
 
 
 def load_table(dataset: str) -> Table:
@@ -263,9 +334,10 @@ class Run:
         self.note = " (simulated)" if table.simulated else ""
         self.size: dict[str, float] = {"params": -1}
         self.saved_at, self.unsaved = time.perf_counter(), False
-        self.scalers = [
-            StandardScaler().fit(samples.x[fold.train].transpose(0, 2, 1).reshape(len(fold.train), -1)) for fold in splits
-        ]
+        self.inputs = [standardise(samples, fold.train) for fold in splits]
+        self.channels = len(samples.columns.bands) + self.inputs[0].covariates.shape[1]
+        if flags["model"] in NETWORKS:
+            self.stack(1)  # refuses flags that do not fit the table before anything is written
         # Folds depend on scikit-learn's version, too.
         folds = hashlib.sha256(b"".join(ids.tobytes() for fold in splits for ids in fold)).hexdigest()
         self.identity = {"table_sha256": table.sha256, **flags, "folds_sha256": folds}
@@ -311,25 +383,17 @@ class Run:
             for name in record.keys() - {"epoch"}:
                 self.events.add_scalar(f"{name}/fold_{number}", record[name], int(record["epoch"]))
 
-    def fold_data(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """All rows x (sample, band, step), standardised for a fold from its training rows, and y (sample,)."""
-        x = self.samples.x
-        scaled = self.scalers[number - 1].transform(x.transpose(0, 2, 1).reshape(len(x), -1)).astype(np.float32)
-        return scaled.reshape(len(x), x.shape[2], x.shape[1]).transpose(0, 2, 1), self.samples.y.astype(np.float32)
+    def stack(self, networks: int) -> Stack:
+        """Networks of the run's architecture, for its bands, covariates and steps."""
+        return make_stack(self.flags["model"], networks, self.channels, len(self.samples.columns.steps), self.flags)
 
     def finish(self, result: Result, tensors: dict[str, torch.Tensor]) -> None:
         """Keep a finished fold: its weights in `models/`, its result for the checkpoint and the figures."""
-        scaler = self.scalers[result.number - 1]
         record = {
             "project": "vegetation from Sentinel-2 time series, operation main",
             "flags": self.flags,
             "fold": result.number,
-            "bands": BANDS,
-            "steps": STEPS,
-            "study_variable": self.flags["study_var"],
-            "predictor_mean": scaler.mean_.tolist(),
-            "predictor_sd": scaler.scale_.tolist(),
-            "predictor_unit": "surface reflectance x 10 000, columns <band>_<step>, bands fastest",
+            **self.inputs[result.number - 1].record,
             "table": self.table.name,
             "table_sha256": self.table.sha256,
             "simulated": self.table.simulated,
@@ -373,16 +437,20 @@ class Run:
         self.saved_at, self.unsaved = time.perf_counter(), False
 
 
-def report_data(table: Table, samples: Samples, splits: Sequence[Split]) -> None:
+def report_data(run: Run) -> None:
     """Say what the run works on."""
-    dropped = ", ".join(f"{reason} ({count})" for reason, count in samples.dropped.items())
-    print(f"[*] Table: {table.name}, {len(samples.y)} rows used, dropped: {dropped}")
-    for number, fold in enumerate(splits, start=1):
-        print(
-            f"[*] Fold {number}/{len(splits)} rows: train {len(fold.train)}, validation {len(fold.validation)}, "
+    say(f"Table: {describe(run.table, run.samples)}{run.note}")
+    far_off = [f"{band} {count} (such as {value:g})" for band, (count, value) in run.samples.far_off.items()]
+    if far_off:
+        say(
+            f"Values more than {FAR_OFF} interquartile ranges beyond the quartiles of their band: {', '.join(far_off)}; "
+            f"they are used as they are, nodata=... takes a number as missing"
+        )
+    for number, fold in enumerate(run.splits, start=1):
+        say(
+            f"Fold {number}/{len(run.splits)} rows: train {len(fold.train)}, validation {len(fold.validation)}, "
             f"test {len(fold.test)}"
         )
-    sys.stdout.flush()
 
 
 def train_networks(run: Run) -> None:
@@ -390,11 +458,12 @@ def train_networks(run: Run) -> None:
     flags, members = run.flags, run.flags["ensemble_count"]
     folds = []
     for number, ids in enumerate(run.splits, start=1):
-        x, y = (torch.from_numpy(np.ascontiguousarray(values)) for values in run.fold_data(number))
+        x = torch.from_numpy(channels(run.inputs[number - 1]))
+        y = torch.from_numpy(run.samples.y.astype(np.float32))
         train, validation = torch.from_numpy(ids.train), torch.from_numpy(ids.validation)
         folds.append(FoldData(x[train], y[train], x[validation], y[validation]))
     training = StackTraining(
-        make_stack(flags["model"], len(folds) * members, len(BANDS), STEPS, flags),
+        run.stack(len(folds) * members),
         folds,
         members,
         recipe_for(flags["model"], flags),
@@ -482,11 +551,11 @@ def finish_fold(run: Run, fold: FoldProgress) -> None:
     """Test a fold's best ensemble and keep it."""
     flags, number = run.flags, fold.state.number
     started = time.perf_counter()
-    stack = make_stack(flags["model"], flags["ensemble_count"], len(BANDS), STEPS, flags).to(run.device)
+    stack = run.stack(flags["ensemble_count"]).to(run.device)
     best = {name: tensor.to(run.device) for name, tensor in fold.best.items()}
     states = member_states(stack, **best)
-    x, _ = run.fold_data(number)
-    test = torch.from_numpy(np.ascontiguousarray(x[run.splits[number - 1].test])).to(run.device)
+    x = channels(run.inputs[number - 1])
+    test = torch.from_numpy(x[run.splits[number - 1].test]).to(run.device)
     predictions = predict(stack, test).cpu()
     last_epoch = fold.state.epoch - flags["warmup_epochs"]
     seconds_test = time.perf_counter() - started
@@ -497,7 +566,7 @@ def finish_fold(run: Run, fold: FoldProgress) -> None:
 
 def report_size(run: Run, training: StackTraining) -> None:
     """Print the cost of one network for one sample."""
-    summary = summarise(training.stack, len(BANDS), STEPS)
+    summary = summarise(training.stack, run.channels, len(run.samples.columns.steps))
     run.size = {"params": summary.params, "madds": summary.multiply_adds / 1e6, "memory": summary.megabytes}
     print("\n".join(summary.lines))
     print(f"Total params: {summary.params}")
@@ -514,7 +583,7 @@ def fit_estimators(run: Run) -> None:
     with tqdm(total=len(run.splits) * members, initial=len(run.results) * members, desc="Fitting the model...") as bar:
         for number in todo:
             fold = run.splits[number - 1]
-            x, y = run.fold_data(number)
+            inputs, y = run.inputs[number - 1], run.samples.y.astype(np.float32)
             rows = np.concatenate([fold.train, fold.validation]) if estimator_class.fits_validation_rows else fold.train
             predictions, seconds_train, seconds_test = [], 0.0, 0.0
             tensors: dict[str, torch.Tensor] = {}
@@ -523,9 +592,11 @@ def fit_estimators(run: Run) -> None:
                 if member > 1:
                     seed = generator_for(seed, ESTIMATOR_MEMBERS, member).initial_seed() % 2**32
                 started = time.perf_counter()
-                estimator = estimator_class(**{**own_flags(estimator_class, run.flags), "seed": seed}).fit(x[rows], y[rows])
+                estimator = estimator_class(**{**own_flags(estimator_class, run.flags), "seed": seed})
+                estimator.fit(inputs.x[rows], inputs.covariates[rows], y[rows])
                 fitted = time.perf_counter()
-                predictions.append(estimator.predict(x[fold.test]).astype(np.float32))
+                predicted = estimator.predict(inputs.x[fold.test], inputs.covariates[fold.test])
+                predictions.append(predicted.astype(np.float32))
                 seconds_train += fitted - started
                 seconds_test += time.perf_counter() - fitted
                 tensors |= {f"member_{member}.{k}": torch.from_numpy(v.copy()) for k, v in estimator.tensors().items()}
@@ -555,20 +626,13 @@ def report_results(run: Run) -> None:
                 f"Fold {result.number}/{len(results)}: predictions hardly differ, sd {predicted.std():.2g} against "
                 f"{samples.y[test].std():.2g} of the observations; r2 and RMSEU say little, a lower lr may help"
             )
-        keys = samples.keys.iloc[test]
         tables.append(
-            pd.DataFrame(
-                {
-                    "yep": keys["yep"],
-                    "plot": keys["ep"],
-                    "year": keys["year"],
-                    "observatory": keys["explo"],
-                    "fold": result.number,
-                    "observed": samples.y[test],
-                    "predicted": predicted,
-                    "predicted_sd": members.std(0),
-                    "table": run.table.name,
-                }
+            samples.keys.iloc[test].assign(
+                fold=result.number,
+                observed=samples.y[test],
+                predicted=predicted,
+                predicted_sd=members.std(0),
+                table=run.table.name,
             )
         )
         one = scores[-1]
@@ -617,27 +681,29 @@ def write_results(
         "flags": flags,
         "table": {"name": run.table.name, "sha256": run.table.sha256, "simulated": run.table.simulated},
         "rows": {"used": len(run.samples.y), "dropped": run.samples.dropped},
+        "columns": run.samples.columns._asdict(),
         "summary": {**summary, **run.size},
         "folds": folds,
         "device": str(run.device),
         "versions": versions(),
     }
-    unit = "species richness" if flags["study_var"] == "SpecRichness" else f"{flags['study_var']} index"
+    target = flags["study_var"]
+    if flags["unit"] != "auto":
+        target = f"{target} ({flags['unit']})"
+    else:
+        target = published_grassland.STUDY_VARIABLES.get(target, target)
     ensemble = f" x {flags['ensemble_count']}" if flags["ensemble_count"] > 1 else ""
     title = f"{flags['model']}{ensemble}, {flags['study_var']}, seed {flags['seed']}{run.note}"
     means = Scores(*(summary[f"{name}_mean"] for name in Scores._fields))
+    regions = predictions["region"].tolist() if "region" in predictions else None
     picture = figures.scatter(
-        predictions["observed"].to_numpy(),
-        predictions["predicted"].to_numpy(),
-        predictions["observatory"].tolist(),
-        means,
-        title,
-        unit,
+        predictions["observed"].to_numpy(), predictions["predicted"].to_numpy(), regions, means, title, target
     )
     figures.save_png(picture, Path("scatter.png"))
     run.events.add_image("scatter", figures.as_image(picture), dataformats="HWC")
     if any(result.history for result in results):
-        picture = figures.losses([(result.number, result.history) for result in results], title, unit)
+        histories = [(result.number, result.history) for result in results]
+        picture = figures.losses(histories, flags["warmup_epochs"], title, target)
         figures.save_png(picture, Path("losses.png"))
     for name, value in summary.items():
         run.events.add_scalar(name, value)

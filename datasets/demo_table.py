@@ -27,11 +27,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from datasets.published_grassland import BANDS, STUDY_VARIABLES
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-BANDS = ("blue", "green", "red", "nir", "nirb", "re1", "re2", "re3", "swir1", "swir2")
-STUDY_VARIABLES = ("SpecRichness", "Shannon", "Simpson")
 YEARS = (2017, 2018, 2019, 2020)
 OBSERVATORIES = {"AEG": "ALB", "HEG": "HAI", "SEG": "SCH"}  # prefix of the plot id -> observatory
 PLOTS_PER_OBSERVATORY = 50

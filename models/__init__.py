@@ -36,8 +36,9 @@ ESTIMATORS: dict[str, type[Estimator]] = {"Rocket": Rocket, "Ridge": Ridge, "Gau
 
 
 def own_flags(architecture: Callable[..., object], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that an architecture's signature names."""
-    return {name: flags[name] for name in inspect.signature(architecture).parameters if name in flags}
+    """The flags that an architecture's signature names; its bands and steps are numbers, the flags of that name a choice."""
+    names = inspect.signature(architecture).parameters.keys() - {"bands", "steps"}
+    return {name: flags[name] for name in names if name in flags}
 
 
 def make_stack(model: str, networks: int, bands: int, steps: int, flags: Mapping[str, Any]) -> Stack:

@@ -1,21 +1,24 @@
 """Estimators that are fitted in one go: ridge, Gaussian process and Rocket.
 
-Each has `fit(x, y)` and `predict(x)` on standardised predictors x (sample, band,
-step), and `tensors()`: arrays from which `from_tensors` builds the fitted estimator
-again, so that nothing needs to be pickled. Ridge and the Gaussian process have no
-use for a validation part and are fitted on training and validation rows together;
-Rocket, as published, on the training rows.
+Each has `fit(x, covariates, y)` and `predict(x, covariates)` on standardised predictors x (sample, band, step) and
+covariates (sample, channel), and `tensors()`: arrays from which `from_tensors` builds the fitted estimator again, so that
+nothing needs to be pickled. Ridge and the Gaussian process have no use for a validation part and are fitted on training
+and validation rows together; Rocket, as published, on the training rows.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
+
+from utils.errors import InputError
 
 Array = NDArray[np.floating[Any]]
 
@@ -28,9 +31,9 @@ class Estimator(Protocol):
 
     def __init__(self, seed: int, **flags: int) -> None: ...
 
-    def fit(self, x: Array, y: Array) -> Self: ...
+    def fit(self, x: Array, covariates: Array, y: Array) -> Self: ...
 
-    def predict(self, x: Array) -> Array: ...
+    def predict(self, x: Array, covariates: Array) -> Array: ...
 
     def tensors(self) -> dict[str, NDArray[Any]]: ...
 
@@ -38,9 +41,9 @@ class Estimator(Protocol):
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Self: ...
 
 
-def flat(x: Array) -> Array:
-    """(sample, band, step) to (sample, predictor) float64 in the table's column order."""
-    return x.transpose(0, 2, 1).reshape(len(x), -1).astype(np.float64)
+def flat(x: Array, covariates: Array) -> Array:
+    """(sample, band, step) and (sample, channel) to (sample, predictor) float64: bands fastest, covariates last."""
+    return np.concatenate([x.transpose(0, 2, 1).reshape(len(x), -1), covariates], axis=1).astype(np.float64)
 
 
 class Ridge:
@@ -52,14 +55,14 @@ class Ridge:
     def __init__(self, seed: int) -> None:
         self.model = RidgeCV(alphas=np.logspace(-3, 4, 15))
 
-    def fit(self, x: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), y (sample,)."""
-        self.model.fit(flat(x), y.astype(np.float64))
+    def fit(self, x: Array, covariates: Array, y: Array) -> Self:
+        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,)."""
+        self.model.fit(flat(x, covariates), y.astype(np.float64))
         return self
 
-    def predict(self, x: Array) -> Array:
+    def predict(self, x: Array, covariates: Array) -> Array:
         """(sample,) float64."""
-        return np.asarray(self.model.predict(flat(x)))
+        return np.asarray(self.model.predict(flat(x, covariates)))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Coefficients and intercept."""
@@ -84,14 +87,17 @@ class GaussianProcess:
         kernel = ConstantKernel(1.0) * RBF(10.0) + WhiteKernel(1.0)
         self.model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
 
-    def fit(self, x: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), y (sample,); the hyper-parameters by maximum marginal likelihood."""
-        self.model.fit(flat(x), y.astype(np.float64))
+    def fit(self, x: Array, covariates: Array, y: Array) -> Self:
+        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,); kernel by maximum likelihood."""
+        with warnings.catch_warnings():
+            # A noise at its bound is a result: 1e-5 of the target's variance are as good as none.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.model.fit(flat(x, covariates), y.astype(np.float64))
         return self
 
-    def predict(self, x: Array) -> Array:
+    def predict(self, x: Array, covariates: Array) -> Array:
         """(sample,) float64, the posterior mean."""
-        return np.asarray(self.model.predict(flat(x)))
+        return np.asarray(self.model.predict(flat(x, covariates)))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Kernel hyper-parameters (log), training predictors, dual weights, and the target's mean and scale."""
@@ -135,21 +141,23 @@ class Rocket:
         self.scaler = StandardScaler(with_mean=False)
         self.ridge = RidgeCV(alphas=np.logspace(-3, 3, 10))
 
-    def _features(self, x: Array) -> Array:
-        return np.asarray(self.transform.transform(x.astype(np.float32)))
+    def _features(self, x: Array, covariates: Array) -> Array:
+        return np.concatenate([np.asarray(self.transform.transform(x.astype(np.float32))), covariates], axis=1)
 
-    def fit(self, x: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), y (sample,)."""
+    def fit(self, x: Array, covariates: Array, y: Array) -> Self:
+        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,)."""
+        if x.shape[2] < 2:
+            raise InputError("Rocket scales each series by its own mean and spread, of which a single step leaves nothing")
         self.transform.fit(x.astype(np.float32))
-        self.ridge.fit(self.scaler.fit_transform(self._features(x)), y.astype(np.float64))
+        self.ridge.fit(self.scaler.fit_transform(self._features(x, covariates)), y.astype(np.float64))
         return self
 
-    def predict(self, x: Array) -> Array:
+    def predict(self, x: Array, covariates: Array) -> Array:
         """(sample,) float64."""
-        return np.asarray(self.ridge.predict(self.scaler.transform(self._features(x))), dtype=np.float64)
+        return np.asarray(self.ridge.predict(self.scaler.transform(self._features(x, covariates))), dtype=np.float64)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The kernels, the features' scales, and the ridge's coefficients and intercept."""
+        """The kernels, the scales of the features and covariates, and the ridge's coefficients and intercept."""
         kernels = dict(zip(self.KERNEL_ARRAYS, self.transform.kernels, strict=True))
         ridge = {"coefficients": self.ridge.coef_, "intercept": np.array([self.ridge.intercept_])}
         return {**kernels, "feature_scales": self.scaler.scale_, **ridge}

@@ -20,7 +20,7 @@ class InceptionModule(nn.Module):
 
     def __init__(self, networks: int, channels_in: int, bottleneck_factor: int, num_filters: int) -> None:
         super().__init__()
-        narrow = channels_in // bottleneck_factor
+        narrow = max(1, channels_in // bottleneck_factor)
         self.bottleneck = Conv(networks, channels_in, narrow, 1)
         self.conv8 = Conv(networks, narrow, num_filters, 8)
         self.conv4 = Conv(networks, narrow, num_filters, 4)
@@ -57,10 +57,10 @@ class InceptionTime(Stack):
     def __init__(self, networks: int, bands: int, steps: int, *, bottleneck_factor: int, num_filters: int) -> None:
         super().__init__()
         width = 4 * num_filters
-        if bottleneck_factor > min(bands, width):
+        if bottleneck_factor > width:
             raise InputError(
-                f"bottleneck_factor={bottleneck_factor} leaves no channel: it divides the input's {bands} bands "
-                f"and the modules' {width} channels, so at most {min(bands, width)} is possible"
+                f"bottleneck_factor={bottleneck_factor} leaves no channel: it divides the modules' {width} channels, so at "
+                f"most {width} is possible"
             )
         self.module1 = InceptionModule(networks, bands, bottleneck_factor, num_filters)
         self.module2 = InceptionModule(networks, width, bottleneck_factor, num_filters)

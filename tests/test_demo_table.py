@@ -11,7 +11,8 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from datasets.demo_table import BANDS, OBSERVATORIES, STUDY_VARIABLES, simulate_table
+from datasets.demo_table import OBSERVATORIES, simulate_table
+from datasets.published_grassland import BANDS, STUDY_VARIABLES
 
 SEEDS = (2024, 1)
 

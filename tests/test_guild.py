@@ -169,8 +169,7 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
     columns = ["resolution", "data", "preset", "loss", "mae", "rmse", "bias", "r2", "iou", "params", "time_train"]
     assert [name for name in row if name in columns] == columns
     assert row["status"] == "completed" and float(row["mae"]) > 0 and row["loss"] == "patch_mae+gradient+vegetation"
-    label = f"10 m /…/{small_tiles.name} seed 42 patch_mae+gradient+vegetation rdn shuffle angles False"
-    assert row["label"] == label
+    assert row["label"] == f"10 m /…/{small_tiles.name} seed 42 angles no preset demo epochs 1"
     (metrics,) = tmp_path.glob("runs/*/metrics.json")
     assert json.loads(metrics.read_text())["flags"]["angles"] == "no"
 

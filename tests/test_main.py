@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import main
-from datasets.grassland import BANDS, PREDICTORS, demo_table, prepare, split
+from datasets.published_grassland import BANDS, PREDICTORS
+from datasets.series_table import demo_table, prepare, split
 from main import Run
 from models import ESTIMATORS, make_stack
 from models.classical import Ridge
@@ -64,7 +65,7 @@ def test_a_run_prints_and_leaves_what_it_promises(run_script: Runner, tmp_path: 
     predictions = pd.read_csv(tmp_path / "predictions.csv")
     assert metrics["table"]["simulated"] and set(predictions["table"]) == {"simulated table"}
     samples = prepare(demo_table(), "Shannon")
-    assert sorted(predictions["yep"]) == sorted(samples.keys["yep"])
+    assert sorted(predictions["key"]) == sorted(samples.keys["key"])
     assert (predictions["predicted_sd"] > 0).all()
     for number, rows in predictions.groupby("fold"):
         fold = metrics["folds"][int(number) - 1]
@@ -102,9 +103,10 @@ def test_the_scatter_shows_every_observatory() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["model=MLP", "lr=0.5", "kernel_size=3"], "Without effect on MLP: kernel_size=3, lr=0.5"),
+        (["model=MLP", "lr=0.5", "kernel_size=3"], "Without effect on MLP: kernel_size=3"),
         (["model=ResNet18T", "lr=0.5", "kernel_size=3"], ""),
-        (["model=ResNet18T", "lr=0.5", "original_training=yes"], "Without effect on ResNet18T: lr=0.5"),
+        (["model=ResNet18T", "lr=0.5", "eps=0.1", "original_training=yes"], "Without effect on ResNet18T: eps=0.1"),
+        (["model=Ridge", "lr=0.5"], "Without effect on Ridge: lr=0.5"),
         (["model=Ridge", "num_kernels=9", "epochs=7"], "Without effect on Ridge: epochs=7, num_kernels=9"),
         (["model=MLP", "precision=bf16"], "Without effect on MLP: precision=bf16"),
         (["model=Transformer", "precision=bf16"], ""),
@@ -125,11 +127,11 @@ def test_flags_that_a_model_does_not_read_are_told(
 
 def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[..., Ended], tmp_path: Path) -> None:
     assert run_main(*SHORT, "ensemble_count=2").returncode == 0
-    predictions = pd.read_csv(tmp_path / "predictions.csv").set_index("yep")
+    predictions = pd.read_csv(tmp_path / "predictions.csv").set_index("key")
     tensors, record = read_tensors(tmp_path / "models" / "fold_3.safetensors")
     flags = record["flags"]
     assert record["bands"] == list(BANDS) and record["simulated"] and flags["ensemble_count"] == 2
-    stack = make_stack(flags["model"], 2, len(BANDS), record["steps"], flags)
+    stack = make_stack(flags["model"], 2, len(BANDS), len(record["steps"]), flags)
     for member in (1, 2):
         own = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"member_{member}.")}
         load_network_state(stack, member - 1, own)
@@ -141,7 +143,7 @@ def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[...,
 
 def test_predictions_that_hardly_differ_are_told(run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a network whose rate was too high: its figures mean little."""
-    monkeypatch.setattr(Ridge, "predict", lambda _, x: 30 + 1e-3 * np.arange(len(x)))
+    monkeypatch.setattr(Ridge, "predict", lambda _, x, __: 30 + 1e-3 * np.arange(len(x)))
     done = run_main("dataset=demo", "model=Ridge")
     assert done.returncode == 0, done.stderr
     told = [line for line in lines_of(done.stdout) if "predictions hardly differ, sd 0.0" in line]
@@ -165,7 +167,7 @@ def test_nothing_is_learnt_from_test_rows(run_main: Callable[..., Ended], tmp_pa
     """Scaler and weights of a fold are the same when the values of its test rows are others."""
     samples = prepare(demo_table(), "SpecRichness")
     fold = split(samples, "split_by_observatory", 42)[1]
-    keys = samples.keys["yep"].iloc[fold.test]
+    keys = samples.keys["key"].iloc[fold.test]
     rows = demo_table().rows
     changed = rows["yep"].isin(keys)
     assert changed.sum() == len(fold.test) > 100
@@ -226,14 +228,14 @@ def test_estimators_go_through_the_same_door(run_main: Callable[..., Ended], tmp
     assert "Total params: -1" in done.stdout
     assert value_of(done.stdout, "R2 mean") > 0.3
     tensors, record = read_tensors(tmp_path / "models" / "fold_1.safetensors")
-    rows = pd.read_csv(tmp_path / "predictions.csv").query("fold == 1").set_index("yep")
+    rows = pd.read_csv(tmp_path / "predictions.csv").query("fold == 1").set_index("key")
     raw = demo_table().rows.set_index("yep").loc[rows.index, PREDICTORS].to_numpy()
     x = ((raw - record["predictor_mean"]) / record["predictor_sd"]).astype(np.float32)
     x = x.reshape(-1, 16, 10).transpose(0, 2, 1)
     each = []
     for member in range(1, members + 1):
         own = {k.split(".")[1]: v.numpy() for k, v in tensors.items() if k.startswith(f"member_{member}.")}
-        each.append(ESTIMATORS[model].from_tensors(own).predict(x))
+        each.append(ESTIMATORS[model].from_tensors(own).predict(x, np.empty((len(x), 0), np.float32)))
     np.testing.assert_allclose(np.mean(each, axis=0), rows["predicted"], rtol=1e-4)
     assert (rows["predicted_sd"].max() > 0) == (members > 1)
 
@@ -402,7 +404,23 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
     ("flags", "said"),
     [
         (["model=VGG"], "model: 'VGG' is not one of MLP, BiLSTM"),
-        (["study_var=Evenness"], "study_var: 'Evenness' is not one of SpecRichness, Shannon, Simpson"),
+        (
+            ["dataset=demo", "study_var=Evenness"],
+            "no column 'Evenness', the study variable asked for; it has Spec",
+        ),
+        (["dataset=demo", "study_var=red_3"], "study_var=red_3 is one of the predictors"),
+        (["steps=3-x"], "steps: '3-x' is neither a whole number nor a range such as 3-20"),
+        (["steps=9-3"], "steps: '9-3' is neither a whole number nor a range"),
+        (["nodata=-9999 cloud"], "nodata: 'cloud' is not a number"),
+        (["folds=1"], "folds: 1 is not a whole number of at least 2"),
+        (
+            ["dataset=demo", "steps=14-20"],
+            "steps: 16 is not among those of simulated table, which are 0, 1, 2",
+        ),
+        (
+            ["dataset=demo", "bands=red B8"],
+            "bands: B8 is not among those of simulated table, which are blue",
+        ),
         (["split_procedure=random"], "split_procedure: 'random' is not one of split_by_plot"),
         (["strides=1 2"], "strides: '1 2' has 2 numbers"),
         (["num_channels=64 64 64 wide"], "num_channels: '64 64 64 wide' is not 4 whole numbers"),
@@ -412,9 +430,9 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
         (["beta1=1"], "beta1: 1 is not a number of at least 0 and below 1"),
         (["eps=0"], "eps: 0 is not a number above 0"),
         (["lr=nan"], "lr: nan is not finite; expected is a number of at least 0"),
-        (["kernel_size=4"], "kernel_size=4 does not fit"),
-        (["model=InceptionTime", "bottleneck_factor=99"], "bottleneck_factor=99 leaves no channel"),
-        (["strides=9 9 1 1"], "leaves no time step"),
+        (["dataset=demo", "kernel_size=4"], "kernel_size=4 does not fit"),
+        (["dataset=demo", "model=InceptionTime", "bottleneck_factor=999"], "bottleneck_factor=999 leaves no channel"),
+        (["dataset=demo", "strides=9 9 1 1"], "leaves no time step"),
         (["model=Ridge", "ensemble_count=5"], "Ridge has no random part"),
         (["device=cuda:99"], "device=cuda:99 was asked for, but"),
         (["device=tpu"], "device=tpu is not one of auto, cpu, cuda or cuda:N"),
@@ -485,14 +503,18 @@ def test_help_explains_every_flag_and_reads_the_device_from_the_environment() ->
 
 def test_the_defaults_are_the_published_ones() -> None:
     published = {
-        "batch_size": 32, "beta1": 0.9, "beta2": 0.999, "bottleneck_factor": 4, "ensemble_count": 1, "epochs": 1500,
-        "eps": 1e-6, "kernel_size": 5, "lr": 0.001, "model": "ResNet18T", "num_blocks_per_stage": (1, 1, 1, 1),
+        "batch_size": 32, "bottleneck_factor": 4, "ensemble_count": 1, "epochs": 1500, "kernel_size": 5,
+        "model": "ResNet18T", "num_blocks_per_stage": (1, 1, 1, 1),
         "num_channels": (64, 64, 64, 64), "num_filters": 64, "num_kernels": 15000, "original_training": False, "seed": 42,
         "shortcut_pooling": True, "split_procedure": "split_by_plot", "stem_channels": 96, "strides": (1, 1, 2, 1),
-        "study_var": "SpecRichness", "warmup_epochs": 150, "weight_decay": 0.001,
+        "study_var": "SpecRichness", "warmup_epochs": 150,
     }  # fmt: skip
     assert {name: value for name, value in DEFAULTS.items() if name in published} == published
-    assert DEFAULTS.keys() - published == {"dataset", "precision", "device"}
+    assert DEFAULTS["covariates"] == DEFAULTS["nodata"] == "none" and DEFAULTS["bands"] == DEFAULTS["steps"] == "all"
+    settings = dict(DEFAULTS)
+    main.resolve_auto_flags(settings)
+    adamw = {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.001}
+    assert {name: settings[name] for name in adamw} == adamw
 
 
 @pytest.mark.parametrize(("text", "value"), [("no", False), ("False", False), ("0", False), ("yes", True), ("1", True)])

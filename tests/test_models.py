@@ -138,7 +138,7 @@ def test_initial_spread_of_weights() -> None:
         ("ResNet18T", {"kernel_size": 4}, "kernel_size=4"),
         ("ResNet18T", {"kernel_size": 33}, "kernel_size=33"),
         ("ResNet18T", {"strides": (4, 4, 2, 1)}, "strides=4 4 2 1 leaves no time step"),
-        ("InceptionTime", {"bottleneck_factor": 11}, "bottleneck_factor=11 leaves no channel"),
+        ("InceptionTime", {"bottleneck_factor": 257}, "bottleneck_factor=257 leaves no channel"),
     ],
 )
 def test_flags_that_make_no_network_are_refused(model: str, flags: dict[str, Any], said: str) -> None:
@@ -156,33 +156,47 @@ def test_resnet18t_runs_where_strides_do_not_divide_the_steps(flags: dict[str, A
     assert stack(torch.randn(2, 16, 3, 10)).shape == (2, 3)
 
 
-def sample_problem() -> tuple[np.ndarray, np.ndarray]:
+Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def sample_problem(covariates: int = 0, steps: int = 16) -> Problem:
+    """Series (sample, band, step), covariates (sample, channel), and a target that depends on both."""
     rng = np.random.default_rng(0)
-    seasons = rng.standard_normal((240, 3)) @ rng.standard_normal((3, 160))
-    x = (seasons + 0.3 * rng.standard_normal((240, 160))).reshape(240, 10, 16).astype(np.float32)
-    return x, (x[:, 3, 4:8].sum(1) + rng.standard_normal(240)).astype(np.float32)
+    seasons = rng.standard_normal((240, 3)) @ rng.standard_normal((3, 10 * steps))
+    x = (seasons + 0.3 * rng.standard_normal((240, 10 * steps))).reshape(240, 10, steps).astype(np.float32)
+    further = rng.standard_normal((240, covariates)).astype(np.float32)
+    return x, further, (x[:, 3, 4:8].sum(1) + 5 * further.sum(1) + rng.standard_normal(240)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("covariates", "steps"), [(0, 16), (2, 23)])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_is_rebuilt_from_its_tensors(name: str, covariates: int, steps: int) -> None:
+    x, further, y = sample_problem(covariates, steps)
+    flags = {"num_kernels": 100} if name == "Rocket" else {}
+    fitted = ESTIMATORS[name](seed=3, **flags).fit(x[:40], further[:40], y[:40])
+    again = ESTIMATORS[name].from_tensors(fitted.tensors())
+    np.testing.assert_allclose(again.predict(x[40:], further[40:]), fitted.predict(x[40:], further[40:]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_estimator_is_rebuilt_from_its_tensors(name: str) -> None:
-    x, y = sample_problem()
-    flags = {"num_kernels": 100} if name == "Rocket" else {}
-    fitted = ESTIMATORS[name](seed=3, **flags).fit(x[:40], y[:40])
-    again = ESTIMATORS[name].from_tensors(fitted.tensors())
-    np.testing.assert_allclose(again.predict(x[40:]), fitted.predict(x[40:]), rtol=1e-6)
+def test_estimators_learn_from_covariates(name: str) -> None:
+    x, further, y = sample_problem(covariates=2)
+    estimator = ESTIMATORS[name](seed=3, **({"num_kernels": 100} if name == "Rocket" else {}))
+    predicted = estimator.fit(x[:200], further[:200], y[:200]).predict(x[200:], further[200:])
+    assert np.corrcoef(predicted, y[200:])[0, 1] > 0.6
 
 
 def test_rocket_is_sktimes_rocket_regressor() -> None:
     from sktime.regression.kernel_based import RocketRegressor
 
-    x, y = sample_problem()
+    x, none, y = sample_problem()
     reference = RocketRegressor(num_kernels=100, use_multivariate="yes", random_state=5).fit(x[:40], y[:40])
-    ours = Rocket(seed=5, num_kernels=100).fit(x[:40], y[:40])
-    np.testing.assert_allclose(ours.predict(x[40:]), reference.predict(x[40:]), rtol=1e-4, atol=1e-5)
+    ours = Rocket(seed=5, num_kernels=100).fit(x[:40], none[:40], y[:40])
+    np.testing.assert_allclose(ours.predict(x[40:], none[40:]), reference.predict(x[40:]), rtol=1e-4, atol=1e-5)
 
 
 def test_ridge_and_gaussian_process_find_a_linear_signal() -> None:
-    x, y = sample_problem()
+    x, none, y = sample_problem()
     for estimator in (Ridge(seed=0), GaussianProcess(seed=0)):
-        predicted = estimator.fit(x[:200], y[:200]).predict(x[200:])
+        predicted = estimator.fit(x[:200], none[:200], y[:200]).predict(x[200:], none[200:])
         assert np.corrcoef(predicted, y[200:])[0, 1] > 0.5

@@ -39,5 +39,16 @@ def test_golden_rates(case: dict[str, Any]) -> None:
         assert list(group["betas"]) == case["betas"] and group["eps"] == case["eps"]
 
 
+@pytest.mark.parametrize("model", ["MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet", "InceptionTime", "ResNet18T"])
+def test_a_setting_that_is_given_acts_on_every_network(model: str) -> None:
+    given = {"lr": 0.5, "beta1": 0.8, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.3}
+    published, changed = recipe_for(model, DEFAULTS), recipe_for(model, DEFAULTS | given)
+    assert changed.options == given and changed.options != published.options
+    group = make_optimizer(changed, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.8, 0.9), 0.1, 0.3)
+    alone = recipe_for(model, DEFAULTS | {"lr": 0.5})
+    assert alone.options == published.options | {"lr": 0.5} and alone.schedule == published.schedule
+
+
 def test_an_architecture_without_a_recipe_trains_like_resnet18t() -> None:
     assert recipe_for("MyNetwork", DEFAULTS) == recipe_for("ResNet18T", DEFAULTS)

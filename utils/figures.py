@@ -22,18 +22,19 @@ MARKERS = ("o", "^", "s", "D")
 def scatter(
     observed: NDArray[np.float64],
     predicted: NDArray[np.float64],
-    groups: Sequence[str],
+    groups: Sequence[str] | None,
     scores: Scores,
     title: str,
-    unit: str,
+    target: str,
 ) -> "Figure":
     """Predictions against observations (sample,), coloured by group, with the 1:1 line; r2 and RRMSE in the title."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for index, group in enumerate(sorted(set(groups))):
-        chosen = np.array([name == group for name in groups])
+    names = np.array(groups if groups is not None else ["plots"] * len(observed))
+    for index, group in enumerate(sorted(set(names))):
+        chosen = names == group
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
         style: dict[str, Any] = {"s": 14, "alpha": 0.7, "linewidths": 0, "color": colour, "marker": marker}
         axes.scatter(observed[chosen], predicted[chosen], label=group, **style)
@@ -42,20 +43,23 @@ def scatter(
     margin = 0.04 * (high - low) or 1
     limits = (low - margin, high + margin)
     axes.plot(limits, limits, color="0.4", linewidth=1, linestyle="--", label="1:1")
-    axes.set(xlim=limits, ylim=limits, xlabel=f"observed {unit}", ylabel=f"predicted {unit}", aspect="equal")
+    axes.set(xlim=limits, ylim=limits, xlabel=f"observed {target}", ylabel=f"predicted {target}", aspect="equal")
     axes.set_title(f"{title}\nr² {scores.r2:.3f}, RRMSE {scores.rrmse:.3f} (mean of folds)", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def losses(histories: Sequence[tuple[int, Sequence[dict[str, float]]]], title: str, unit: str) -> "Figure":
-    """Training and validation loss of each fold by epoch.
+def losses(
+    histories: Sequence[tuple[int, Sequence[dict[str, float]]]], warmup_epochs: int, title: str, target: str
+) -> "Figure":
+    """Training and validation loss of each fold by epoch after warm-up, whose losses would flatten all others.
 
     Args:
         histories: fold number and its records with `epoch`, `loss_train` and, where validated, `loss_val`.
+        warmup_epochs: records that are not shown.
         title: of the picture.
-        unit: of the loss.
+        target: what the loss is of, with its unit.
     """
     from matplotlib.figure import Figure
 
@@ -63,8 +67,9 @@ def losses(histories: Sequence[tuple[int, Sequence[dict[str, float]]]], title: s
     axes = figure.add_subplot()
     for index, (number, history) in enumerate(histories):
         colour = COLOURS[index % len(COLOURS)]
-        axes.plot([r["epoch"] for r in history], [r["loss_train"] for r in history], color=colour, linewidth=0.8, alpha=0.6)
-        checked = [r for r in history if "loss_val" in r]
+        shown = [{**r, "epoch": r["epoch"] - warmup_epochs} for r in history if r["epoch"] > warmup_epochs]
+        axes.plot([r["epoch"] for r in shown], [r["loss_train"] for r in shown], color=colour, linewidth=0.8, alpha=0.6)
+        checked = [r for r in shown if "loss_val" in r]
         axes.plot(
             [r["epoch"] for r in checked],
             [r["loss_val"] for r in checked],
@@ -72,7 +77,7 @@ def losses(histories: Sequence[tuple[int, Sequence[dict[str, float]]]], title: s
             linewidth=1.8,
             label=f"fold {number}",
         )
-    axes.set(xlabel="epoch (warm-up included)", ylabel=f"L1 loss of {unit}", title=title)
+    axes.set(xlabel="epoch after warm-up", ylabel=f"L1 loss of {target}", title=title)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9, title="thin: training, thick: validation", title_fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -95,6 +97,43 @@ def whole_list(length: int) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
+def step_ranges(text: str) -> str:
+    """`all`, or whole numbers and ranges of them as in "0 2 5-9"; `numbers_of` reads them."""
+    if text != "all":
+        for part in text.replace(",", " ").split() or [text]:
+            ends = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part)
+            if ends is None or (ends[2] and int(ends[2]) < int(ends[1])):
+                raise argparse.ArgumentTypeError(f"{part!r} is neither a whole number nor a range such as 3-20")
+    return text
+
+
+def numbers_of(ranges: str) -> list[int]:
+    """The whole numbers of `step_ranges`, none for `all`."""
+    if ranges == "all":
+        return []
+    found: list[int] = []
+    for first, last in re.findall(r"(-?\d+)(?:-(-?\d+))?", ranges):
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def names_in(text: str, nothing: str) -> list[str]:
+    """Names separated by commas, or by spaces where there is no comma; none for the word `nothing`."""
+    if text == nothing:
+        return []
+    return [name.strip() for name in text.split("," if "," in text else None) if name.strip()]
+
+
+def real_list(text: str) -> str:
+    """`none`, or numbers separated by spaces or commas."""
+    for part in names_in(text, "none"):
+        try:
+            float(part)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a number") from None
+    return text
+
+
 def number_of(*allowed: float) -> Callable[[str], float]:
     """One of some numbers, however it is written."""
     expected = ", ".join(f"{value:g}" for value in allowed)
@@ -142,13 +181,28 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """The flags by name, from these arguments or the command line's."""
-        flags = vars(self.parse_args(arguments))
+        flags = vars(self.parse_args(self._joined(sys.argv[1:] if arguments is None else arguments)))
         for name, type_of in self.types.items():
             try:
                 flags[name] = type_of(str(flags[name]))
             except argparse.ArgumentTypeError as error:
                 self.error(f"{name}: {error}")
         return flags
+
+    def changed(self, flags: dict[str, Any], names: Sequence[str]) -> list[str]:
+        """`name value` of those of the flags that are not at their defaults."""
+        defaults = self.parse_flags([])
+        return [f"{name} {flags[name]}" for name in names if flags[name] != defaults[name]]
+
+    def _joined(self, arguments: Sequence[str]) -> list[str]:
+        """Each flag with its value as one argument: of its own, a value like -9999,0 would pass for a flag."""
+        joined: list[str] = []
+        for argument in arguments:
+            if joined and joined[-1].removeprefix("--") in self.types:
+                joined[-1] += f"={argument}"
+            else:
+                joined.append(argument)
+        return joined
 
     def error(self, message: str) -> NoReturn:
         """Print the message and leave."""

@@ -101,6 +101,9 @@ def _telling_of_ended_processes() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:
+        # The frames hold what was to be sent, a view of a buffer. Left to the garbage collector, which may close the buffer
+        # first, Python 3.13 complains.
+        traceback.clear_frames(error.__traceback__)
         raise InputError(
             f"the system ended a process of the training, probably for want of memory; to go on from the last saved "
             f"epoch: {how_to_resume()}"

@@ -1,7 +1,6 @@
-"""Optimiser and learning-rate schedule of each architecture, as published.
+"""Optimiser and learning-rate schedule of each architecture, as published, and the flags that change them.
 
-An architecture that is not listed trains like ResNet18T: AdamW and a cosine from
-`lr` to 0, with the flags `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
+An architecture that is not listed trains like ResNet18T: AdamW and a cosine from `lr` to 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,66 +10,67 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
+OPTIMIZER_FLAGS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+
 
 class Recipe(NamedTuple):
     """How one architecture is trained.
 
     Attributes:
         optimizer: the optimiser's class.
-        options: its arguments, the base learning rate `lr` among them.
+        options: its settings by the names of the flags, the base learning rate `lr` among them.
         schedule: cosine, constant, plateau or attention.
         plateau: factor, patience (epochs) and floor of a plateau schedule, else None.
     """
 
     optimizer: Callable[..., torch.optim.Optimizer]
-    options: dict[str, Any]
+    options: dict[str, float]
     schedule: str
     plateau: dict[str, Any] | None = None
 
 
-PUBLISHED_RECIPES = ("MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet")
-OPTIMIZER_FLAGS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+def published_recipe(model: str, original_training: bool) -> Recipe:
+    """The recipe of an architecture in ResNeTS, or of its own paper where `original_training` asks for that."""
+    adam, adamw, sgd = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 
+    def options(lr: float, eps: float, weight_decay: float = 0.0) -> dict[str, float]:
+        return {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": eps, "weight_decay": weight_decay}
 
-def flags_in_use(model: str, flags: Mapping[str, Any]) -> tuple[str, ...]:
-    """The flags that act on the recipe of a network."""
-    if model in PUBLISHED_RECIPES:
-        return ()
-    both_ways = ("original_training",) if model in ("ResNet18T", "InceptionTime") else ()
-    return both_ways if both_ways and flags["original_training"] else (*both_ways, *OPTIMIZER_FLAGS)
+    if model == "MLP":
+        return Recipe(adam, options(1e-3, 1e-7), "constant")
+    if model == "BiLSTM":
+        return Recipe(adam, options(5e-3 * 32 / 256, 1e-8, 2e-5), "constant")
+    if model == "Transformer":
+        return Recipe(adam, options(2e-3, 1e-9, 2e-4), "attention")
+    if model in ("FCN", "ResidualNet"):
+        return Recipe(adam, options(2e-3, 1e-7), "plateau", {"factor": 0.5, "patience": 50, "min_lr": 2e-4})
+    if original_training and model == "ResNet18T":
+        momentum = {"lr": 0.0125, "momentum": 0.9, "weight_decay": 1e-4}
+        return Recipe(sgd, momentum, "plateau", {"factor": 0.1, "patience": 50})
+    if original_training and model == "InceptionTime":
+        return Recipe(adam, options(5e-4, 1e-7), "plateau", {"factor": 0.5, "patience": 50, "min_lr": 5e-5})
+    return Recipe(adamw, options(1e-3, 1e-6, 1e-3), "cosine")
 
 
 def recipe_for(model: str, flags: Mapping[str, Any]) -> Recipe:
-    """The recipe of an architecture; flags act only on those that train with AdamW."""
-    adam = torch.optim.Adam
-    betas = (0.9, 0.999)
-    if model == "MLP":
-        return Recipe(adam, {"lr": 1e-3, "betas": betas, "eps": 1e-7}, "constant")
-    if model == "BiLSTM":
-        return Recipe(adam, {"lr": 5e-3 * 32 / 256, "betas": betas, "eps": 1e-8, "weight_decay": 2e-5}, "constant")
-    if model == "Transformer":
-        return Recipe(adam, {"lr": 2e-3, "betas": betas, "eps": 1e-9, "weight_decay": 2e-4}, "attention")
-    if model in ("FCN", "ResidualNet"):
-        plateau = {"factor": 0.5, "patience": 50, "min_lr": 2e-4}
-        return Recipe(adam, {"lr": 2e-3, "betas": betas, "eps": 1e-7}, "plateau", plateau)
-    if flags["original_training"] and model == "ResNet18T":
-        sgd = {"lr": 0.0125, "momentum": 0.9, "weight_decay": 1e-4}
-        return Recipe(torch.optim.SGD, sgd, "plateau", {"factor": 0.1, "patience": 50})
-    if flags["original_training"] and model == "InceptionTime":
-        plateau = {"factor": 0.5, "patience": 50, "min_lr": 5e-5}
-        return Recipe(adam, {"lr": 5e-4, "betas": betas, "eps": 1e-7}, "plateau", plateau)
-    options = {
-        "lr": flags["lr"],
-        "betas": (flags["beta1"], flags["beta2"]),
-        "eps": flags["eps"],
-        "weight_decay": flags["weight_decay"],
-    }
-    return Recipe(torch.optim.AdamW, options, "cosine")
+    """The recipe of an architecture: as published, with the flags that are not None in place of its own settings."""
+    recipe = published_recipe(model, flags["original_training"])
+    given = {name: flags[name] for name in OPTIMIZER_FLAGS if name in recipe.options and flags[name] is not None}
+    return recipe._replace(options=recipe.options | given)
+
+
+def flags_in_use(model: str, flags: Mapping[str, Any]) -> set[str]:
+    """The flags that act on the recipe of a network."""
+    settings = published_recipe(model, flags["original_training"]).options.keys() & set(OPTIMIZER_FLAGS)
+    return settings | ({"original_training"} if model in ("ResNet18T", "InceptionTime") else set())
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The recipe's optimiser over the parameters, one fused kernel a tensor."""
-    return recipe.optimizer(parameters, fused=True, **recipe.options)
+    options: dict[str, Any] = dict(recipe.options)
+    if "beta1" in options:
+        options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+    return recipe.optimizer(parameters, fused=True, **options)
 
 
 def warm_up(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int, epochs: int) -> None:

@@ -10,13 +10,14 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -42,6 +43,30 @@ def how_to_resume() -> str:
     """The command that takes an interrupted run up again."""
     run = os.environ.get("RUN_ID")
     return f"guild run --restart {run[:8]}" if run else "the same command in the same folder"
+
+
+def say_where_results_are(pictures: Sequence[str]) -> None:
+    """Name the run's folder and what to do next."""
+    run = os.environ.get("RUN_ID")
+    say(f"Results: {Path.cwd()} (metrics.json, models/, {', '.join(pictures)})")
+    if run:
+        say(f"Next: `guild compare` for a table of runs, `guild open {run[:8]}` for its pictures")
+
+
+def add_to_label(start: str, end: str, differences: Sequence[str]) -> None:
+    """Add to the label of a run of Guild, whose templates know no defaults; a label that the user chose stays.
+
+    Args:
+        start: how the label of guild.yml begins.
+        end: how it ends.
+        differences: flags that are not at their defaults, as they are to be added.
+    """
+    path = Path(os.environ.get("RUN_DIR", "")) / ".guild" / "attrs" / "label"
+    if "RUN_ID" not in os.environ or not path.is_file() or not differences:
+        return
+    label = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if label.startswith(start) and label.endswith(end):
+        write_text(path, yaml.safe_dump(" ".join([label, *differences]), width=math.inf))
 
 
 def say(line: str) -> None:

@@ -1,0 +1,583 @@
+"""Any table of satellite time series: one row a plot, or a plot in a year, a column for each band and time step.
+
+Predictors are columns `<band>_<step>`, in any order and unit, such as `B02_1` to `B12_36` or `ndvi_0` to `ndvi_22`; they
+must fill a grid of bands and steps. Beside them stand the target and a column that tells plots apart; year, region,
+key and covariates are optional. The published grassland table is one such table (`datasets.published_grassland`).
+
+    table = read_table(path)                       a file, or `demo_table()`
+    samples = prepare(table, "SpecRichness")       columns found and checked, rows selected
+    folds = split(samples, "split_by_plot", 42)    row ids
+    inputs = standardise(samples, fold.train)      what a model takes, scaled by training rows
+"""
+
+import csv
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit
+from sklearn.preprocessing import StandardScaler
+
+from datasets import published_grassland
+from datasets.demo_table import simulate_table
+from utils.errors import InputError
+
+SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory", "split_by_year")
+FOLDS = 5
+NAMES_LISTED = 5  # most columns that a message lists
+LARGEST = float(np.finfo(np.float32).max)  # networks compute in single precision
+FAR_OFF = 5  # interquartile ranges beyond a band's quartiles, from where on values are told
+PREDICTOR = re.compile(r"(.+)_(-?\d+)")  # band and step
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+NO_COLUMN = "none"
+
+
+class Table(NamedTuple):
+    """A table as read: its rows, what to call it, and what it was read from."""
+
+    rows: pd.DataFrame
+    name: str
+    sha256: str
+    simulated: bool
+
+
+class Columns(NamedTuple):
+    """Which column of a table is what.
+
+    Attributes:
+        target: the study variable.
+        plot, year, region, key: of each row; None where there is none.
+        bands: in order of first appearance.
+        steps: in ascending order.
+        predictors: (step, band), the columns' names.
+        covariates: further inputs of the models.
+        ignored: all other columns.
+    """
+
+    target: str
+    plot: str | None
+    year: str | None
+    region: str | None
+    key: str | None
+    bands: tuple[str, ...]
+    steps: tuple[int, ...]
+    predictors: tuple[tuple[str, ...], ...]
+    covariates: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+class Samples(NamedTuple):
+    """The rows an experiment uses; row ids are positions in these arrays.
+
+    Attributes:
+        keys: columns key and plot, and year and region where the table has them; one row a sample.
+        x: (sample, band, step) float64, as in the table.
+        y: (sample,) float64, the study variable.
+        covariates: a column each, float64 numbers or text.
+        columns: what was read from where.
+        dropped: why rows were left out, with their number.
+        far_off: of each band with values far outside its others: their number, and the most distant of them.
+    """
+
+    keys: pd.DataFrame
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    covariates: pd.DataFrame
+    columns: Columns
+    dropped: dict[str, int]
+    far_off: dict[str, tuple[int, float]]
+
+
+class Split(NamedTuple):
+    """Row ids of one fold."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+class Inputs(NamedTuple):
+    """All samples as the models of a fold take them.
+
+    Attributes:
+        x: (sample, band, step) float32, standardised.
+        covariates: (sample, channel) float32: standardised numbers, and a channel of 0 and 1 for each category.
+        record: what is needed to do the same to other rows.
+    """
+
+    x: NDArray[np.float32]
+    covariates: NDArray[np.float32]
+    record: dict[str, Any]
+
+
+def demo_table() -> Table:
+    """The simulated table of `datasets.demo_table`."""
+    rows = simulate_table()
+    digest = hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+    return Table(rows, "simulated table", digest, simulated=True)
+
+
+def read_table(path: Path) -> Table:
+    """Read an .xlsx, .csv, .tsv or .parquet table; `my.xlsx#plots` reads the sheet `plots` of a workbook.
+
+    Raises:
+        InputError: the file or sheet is missing or cannot be read.
+    """
+    sheet: str | int = 0
+    if not path.exists() and ".xlsx#" in path.name.lower():
+        name, sheet = path.name.rsplit("#", 1)
+        path = path.with_name(name)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(
+            f"{path} {what}; an .xlsx, .csv, .tsv or .parquet table is expected, a relative path counts from where the "
+            f"command is given"
+        )
+    readers = {
+        ".xlsx": functools.partial(_read_sheet, sheet=sheet),
+        ".csv": _read_text,
+        ".tsv": _read_text,
+        ".parquet": pd.read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} has the ending {path.suffix!r}; .xlsx, .csv, .tsv or .parquet is expected")
+    try:
+        rows = reader(path)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may fail anywhere in what reads it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read as a {path.suffix} table, it may be truncated or empty: {reason}"
+        ) from error
+    rows.columns = rows.columns.map(str)
+    name = path.name if sheet == 0 else f"{path.name}#{sheet}"
+    return Table(rows, name, hashlib.sha256(path.read_bytes()).hexdigest(), simulated=False)
+
+
+def _read_sheet(path: Path, sheet: str | int) -> pd.DataFrame:
+    # With its engine named, pandas does not ask for other packages where a file is not what its ending says.
+    with pd.ExcelFile(path, engine="openpyxl") as workbook:
+        if isinstance(sheet, str) and sheet not in workbook.sheet_names:
+            raise InputError(f"{path} has no sheet {sheet!r}; it has {_listed(map(str, workbook.sheet_names))}")
+        return workbook.parse(sheet)
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    """A table of text, as this or another country's spreadsheets write it.
+
+    Columns are separated by what splits the header into most names: commas, semicolons or tabs. Without commas between
+    columns, one within a number is a decimal comma. Text is UTF-8, UTF-16 if it says so, else Windows-1252.
+
+    Raises:
+        InputError: a line has too few fields, which pandas would fill with missing values.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        encoding = "cp1252"
+    with path.open(encoding=encoding, newline="") as file:
+        header = file.readline()
+        separator = max(SEPARATORS, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
+        file.seek(0)
+        lines = csv.reader(file, delimiter=separator)
+        columns = len(next(lines, []))
+        decimal = "."
+        for fields in lines:
+            if 0 < len(fields) < columns:
+                raise InputError(
+                    f"{path}, line {lines.line_num} has {len(fields)} of {columns} fields, separated by "
+                    f"{SEPARATORS[separator]}; the file may be truncated"
+                )
+            if separator != "," and any(re.fullmatch(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*", field) for field in fields):
+                decimal = ","
+    return pd.read_csv(path, sep=separator, decimal=decimal, encoding=encoding)
+
+
+def prepare(
+    table: Table,
+    study_var: str,
+    *,
+    plot_column: str = published_grassland.PLOT,
+    year_column: str = published_grassland.YEAR,
+    region_column: str = published_grassland.REGION,
+    key_column: str = published_grassland.KEY,
+    covariates: Sequence[str] = (),
+    bands: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    nodata: Sequence[float] = (),
+) -> Samples:
+    """Find the columns of an experiment, check them, and select its rows.
+
+    Rows with a missing value in any column used are dropped. Of the published table, known by its columns, the rows
+    that its authors left out are dropped, too. Rows are sorted by key where there is one.
+
+    Args:
+        table: as read.
+        study_var: the target's column.
+        plot_column: tells plots apart, which never are on two sides of a split; `none`: each row is a plot.
+        year_column: whole years; may be absent unless it is named here otherwise than in the published table.
+        region_column: observatory or region; the same.
+        key_column: unique in each row; the same. Without it the row's number in a spreadsheet is the key.
+        covariates: columns given to the models beside the series.
+        bands: those to use; all of the table's if empty.
+        steps: those to use; all of the table's if empty.
+        nodata: numbers that stand for missing values.
+
+    Raises:
+        InputError: a column is absent, there twice or not what it is used as, the predictors fill no grid, a value is no
+            number, a key is there twice, or no row is left.
+    """
+    table = table._replace(rows=table.rows.reset_index(drop=True))
+    roles = {
+        "plot": _role(table, "plot", plot_column, required=True),
+        "year": _role(table, "year", year_column, required=year_column != published_grassland.YEAR),
+        "region": _role(table, "region", region_column, required=region_column != published_grassland.REGION),
+        "key": _role(table, "key", key_column, required=key_column != published_grassland.KEY),
+    }
+    columns = _find_columns(table, study_var, roles, covariates, bands, steps)
+    _refuse_repeated_columns(table, columns)
+    rows, lines = table.rows, pd.Series(np.arange(2, len(table.rows) + 2), index=table.rows.index)
+    names = [*sum(columns.predictors, ()), study_var]
+    numbers = {name: _numbers(table, columns, name, nodata) for name in names}
+    keys: dict[str, pd.Series[Any]] = {}
+    keys["key"] = rows[columns.key] if columns.key else lines
+    keys["plot"] = rows[columns.plot] if columns.plot else lines
+    if columns.year:
+        keys["year"] = _numbers(table, columns, columns.year, ())
+        _refuse(table, columns, columns.year, keys["year"] % 1 > 0, "is not a whole year")
+    if columns.region:
+        keys["region"] = rows[columns.region]
+    if columns.key:
+        repeated = keys["key"].astype(str).duplicated() & keys["key"].notna()
+        _refuse(table, columns, columns.key, repeated, "appears more than once; a key of one row each is expected")
+    further = {
+        name: _numbers(table, columns, name, nodata) if _is_numeric(rows[name]) else rows[name]
+        for name in columns.covariates
+    }
+    chosen, dropped = _select(table, columns, pd.DataFrame(keys), pd.DataFrame({**numbers, **further}, index=rows.index))
+    # A spreadsheet may hold some names as numbers.
+    frame = pd.DataFrame(keys)[chosen].astype({name: str for name in ("plot", "region") if name in keys})
+    if "year" in frame:
+        frame = frame.astype({"year": np.int64})
+    if columns.key:
+        frame = frame.astype({"key": str}).sort_values("key", kind="stable")
+    grid = np.stack([[numbers[name][frame.index] for name in step] for step in columns.predictors])
+    x = np.ascontiguousarray(grid.transpose(2, 0, 1)).transpose(0, 2, 1)
+    return Samples(
+        frame.reset_index(drop=True),
+        x,
+        numbers[study_var][frame.index].to_numpy(),
+        pd.DataFrame(further, index=rows.index).loc[frame.index].reset_index(drop=True),
+        columns,
+        dropped,
+        {band: found for index, band in enumerate(columns.bands) if (found := _far_off(x[:, index]))},
+    )
+
+
+def _role(table: Table, role: str, name: str, *, required: bool) -> str | None:
+    """The column of a role, None where it is said to have none or may be absent and is.
+
+    Raises:
+        InputError: the column is absent.
+    """
+    if name in table.rows.columns:
+        return name
+    if name == NO_COLUMN or not required:
+        return None
+    hint = _similar_column(table, name) or f"; {role}_column=... names another column"
+    if role == "plot":
+        hint += f" and {role}_column={NO_COLUMN} takes each row as a plot of its own"
+    text = [column for column in table.rows.columns if not _is_numeric(table.rows[column])]
+    there = f" (text is in {_listed(text)})" if text else ""
+    raise InputError(f"{table.name} has no column {name!r}, which tells the {role} of a row{hint}{there}")
+
+
+def _find_columns(
+    table: Table,
+    study_var: str,
+    roles: dict[str, str | None],
+    covariates: Sequence[str],
+    bands: Sequence[str],
+    steps: Sequence[int],
+) -> Columns:
+    """Find the grid of predictors among the columns that are nothing else.
+
+    Raises:
+        InputError: a column that was asked for is absent, or the predictors fill no grid.
+    """
+    rows = table.rows
+    taken = {*roles.values(), *covariates, study_var}
+    found: dict[tuple[str, int], str] = {}
+    for column in rows.columns:
+        if column not in taken and (match := PREDICTOR.fullmatch(column)) and _is_numeric(rows[column]):
+            place = (match[1], int(match[2]))
+            if place in found:
+                raise InputError(f"{table.name}: the columns {found[place]!r} and {column!r} are the same band and step")
+            found[place] = column
+    found = _without_strays(found)
+    present = tuple(dict.fromkeys(band for band, _ in found))
+    present_steps = tuple(sorted({step for _, step in found}))
+    for name in covariates:
+        if name not in rows.columns:
+            raise InputError(f"{table.name} has no column {name!r}, named in covariates{_similar_column(table, name)}")
+        if name == study_var:
+            raise InputError(f"covariates={name}: the study variable cannot be an input, too")
+    if study_var not in rows.columns or not _is_numeric(rows[study_var]):
+        is_text = "no numbers in the column" if study_var in rows.columns else "no column"
+        others = [name for name in rows.columns if _is_numeric(rows[name]) and name not in {*found.values(), *taken}]
+        hint = _similar_column(table, study_var) or f"; it has {_listed(others) or 'no other numbers than the predictors'}"
+        raise InputError(f"{table.name} has {is_text} {study_var!r}, the study variable asked for{hint}")
+    if not found:
+        raise InputError(
+            f"{table.name} has no predictors: numbers in columns <band>_<step>, such as B02_1, are expected; it has the "
+            f"columns {_listed(rows.columns)}"
+        )
+    for flag, wanted, there in (("bands", bands, present), ("steps", steps, present_steps)):
+        absent = [one for one in wanted if one not in there]
+        if absent:
+            raise InputError(f"{flag}: {absent[0]} is not among those of {table.name}, which are {_listed(map(str, there))}")
+    chosen_bands = tuple(band for band in present if not bands or band in bands)
+    # Of the chosen bands: others may have further steps.
+    chosen_steps = tuple(s for s in present_steps if (s in steps if steps else any((b, s) in found for b in chosen_bands)))
+    holes = [f"{band}_{step}" for step in chosen_steps for band in chosen_bands if (band, step) not in found]
+    if study_var in holes:
+        raise InputError(
+            f"study_var={study_var} is one of the predictors {chosen_bands[0]}_{chosen_steps[0]} to {holes[-1]}"
+        )
+    if holes:
+        empty = [name for name in holes if name in rows.columns]
+        hint = f"; there is no number in {empty[0]!r}" if empty else _similar_column(table, holes[0])
+        raise InputError(
+            f"{table.name}: the grid of {len(chosen_bands)} bands ({_listed(chosen_bands)}) x {len(chosen_steps)} steps has "
+            f"holes, no column {_listed(map(repr, holes))}; bands=... and steps=... choose a complete part{hint}"
+        )
+    predictors = tuple(tuple(found[band, step] for band in chosen_bands) for step in chosen_steps)
+    used = {*taken, *sum(predictors, ())}
+    ignored = tuple(column for column in rows.columns if column not in used)
+    return Columns(
+        target=study_var,
+        **roles,
+        bands=chosen_bands,
+        steps=chosen_steps,
+        predictors=predictors,
+        covariates=tuple(covariates),
+        ignored=ignored,
+    )
+
+
+def _without_strays(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
+    """Without single columns like `biomass_2019`, whose number is no step of any band that has several."""
+    counts = pd.Series([band for band, _ in found]).value_counts()
+    steps = {step for band, step in found if counts[band] > 1}
+    return {(band, step): name for (band, step), name in found.items() if not steps or counts[band] > 1 or step in steps}
+
+
+def _is_numeric(column: "pd.Series[Any]") -> bool:
+    """Whether there is a number in the column."""
+    return column.dtype != bool and bool(pd.to_numeric(column, errors="coerce").notna().any())
+
+
+def _refuse_repeated_columns(table: Table, columns: Columns) -> None:
+    used = (columns.target, columns.plot, columns.year, columns.region, columns.key, *sum(columns.predictors, ()))
+    for column in filter(None, (*used, *columns.covariates)):
+        if f"{column}.1" in table.rows.columns:  # what pandas calls the second one
+            raise InputError(f"{table.name} has the column {column!r} more than once")
+
+
+def _numbers(table: Table, columns: Columns, name: str, nodata: Sequence[float]) -> "pd.Series[float]":
+    """A column as float64, missing where it is empty or nodata.
+
+    Raises:
+        InputError: there is text, infinity or a number too large for single precision in it.
+    """
+    column = table.rows[name]
+    numbers = pd.to_numeric(column, errors="coerce").astype(np.float64)
+    large = np.isfinite(numbers) & (numbers.abs() > LARGEST)
+    _refuse(table, columns, name, large, "is not a finite number of single precision")
+    no_number = (numbers.isna() & column.notna()) | ~(np.isfinite(numbers) | numbers.isna()) | column.map(type).eq(bool)
+    _refuse(table, columns, name, no_number, "is not a finite number")
+    return numbers.mask(numbers.isin(nodata))
+
+
+def _refuse(table: Table, columns: Columns, name: str, wrong: "pd.Series[bool]", why: str) -> None:
+    """Name the first wrong value and its place.
+
+    Raises:
+        InputError: there is one.
+    """
+    if not wrong.any():
+        return
+    position = int(np.flatnonzero(wrong)[0])
+    key = f" ({columns.key} {table.rows[columns.key].iloc[position]})" if columns.key and columns.key != name else ""
+    # A spreadsheet's first data row is row 2.
+    raise InputError(f"{table.name}, row {position + 2}{key}, column {name!r}: '{table.rows[name].iloc[position]}' {why}")
+
+
+def _select(
+    table: Table, columns: Columns, keys: pd.DataFrame, values: pd.DataFrame
+) -> tuple["pd.Series[bool]", dict[str, int]]:
+    """Which rows are used, and how many are not, by reason.
+
+    Raises:
+        InputError: no row is left.
+    """
+    frame = pd.concat([keys, values], axis=1)
+    chosen = frame.notna().all(axis=1)
+    dropped = {"missing value": int((~chosen).sum())}
+    own = (columns.plot, columns.year, columns.region, columns.key)
+    published = (getattr(published_grassland, role) for role in ("PLOT", "YEAR", "REGION", "KEY"))
+    if own == tuple(published) and published_grassland.is_published(table.rows.columns):
+        for reason, unwanted in published_grassland.left_out(keys).items():
+            dropped[reason] = int((chosen & unwanted).sum())
+            chosen &= ~unwanted
+    if not chosen.any():
+        empty = [column for column in frame.columns if frame[column].isna().all()]
+        why = f"; nothing is in its column {empty[0]!r}" if empty else ""
+        lost = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
+        raise InputError(f"{table.name} has no complete row for {columns.target} (dropped: {lost or 'none'}){why}")
+    return chosen, dropped
+
+
+def _far_off(values: NDArray[np.float64]) -> tuple[int, float] | None:
+    """Number of a band's values over `FAR_OFF` interquartile ranges beyond its quartiles, and the most distant of them.
+
+    Quartiles are of the different values, so that one that stands for missing, however frequent, does not move them.
+    """
+    low, high = np.percentile(np.unique(values), (25, 75))
+    beyond = np.maximum(low - values, values - high)
+    count = int((beyond > FAR_OFF * (high - low)).sum())
+    return (count, float(values.flat[beyond.argmax()])) if count and high > low else None
+
+
+def _similar_column(table: Table, name: str) -> str:
+    """End of a sentence on a column that is absent: the one that was probably meant, if any."""
+    alike = [column for column in table.rows.columns if column.strip().casefold() == name.strip().casefold()]
+    return f"; there is {alike[0]!r}, which differs in spaces or capitals" if alike else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    every = list(names)
+    more = len(every) - NAMES_LISTED
+    return ", ".join(every[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def describe(table: Table, samples: Samples) -> str:
+    """One line on what was read: rows, bands, steps, target, plots, years, regions, what was dropped and ignored."""
+    columns, keys = samples.columns, samples.keys
+    steps = f"{len(columns.steps)} step{'s' * (len(columns.steps) > 1)} ({columns.steps[0]} to {columns.steps[-1]})"
+    parts = [
+        f"{table.name}, {len(samples.y)} rows used",
+        f"{len(columns.bands)} band{'s' * (len(columns.bands) > 1)} ({_listed(columns.bands)}) x {steps}",
+        f"target {columns.target}",
+        f"{keys['plot'].nunique()} plots" if columns.plot else "each row a plot",
+        *(f"{keys[role].nunique()} {role}s" if role in keys else f"no {role}s" for role in ("year", "region")),
+    ]
+    if columns.covariates:
+        kinds = [
+            f"{name} ({'number' if values.dtype == np.float64 else f'{values.nunique()} categories'})"
+            for name, values in samples.covariates.items()
+        ]
+        parts.append(f"covariates {', '.join(kinds)}")
+    parts.append("dropped: " + ", ".join(f"{reason} ({count})" for reason, count in samples.dropped.items()))
+    ignored = f"{len(columns.ignored)} ({_listed(columns.ignored)})" if columns.ignored else "none"
+    return ", ".join(parts) + f", ignored columns: {ignored}"
+
+
+def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> list[Split]:
+    """Cross-validation folds.
+
+    `split_by_plot` is a GroupKFold over the plots; `split_by_observatory` tests on each region in turn, in order of first
+    appearance, and `split_by_year` on each year. The validation part is a fifth of the training plots,
+    drawn from the seed. No plot is on two sides of a fold, but for training and test by year: there the same plots are
+    met again in another year.
+
+    Raises:
+        InputError: too few plots, regions or years, or a fold that cannot train or be tested.
+    """
+    plots = samples.keys["plot"].to_numpy()
+    ids = np.arange(len(plots), dtype=np.int64)
+    if procedure == "split_by_plot":
+        if len(np.unique(plots)) < folds:
+            raise InputError(f"plots in the table: {len(np.unique(plots))}; split_by_plot needs at least {folds}")
+        outer = list(GroupKFold(folds).split(ids, groups=plots))
+    else:
+        role = "year" if procedure == "split_by_year" else "region"
+        if role not in samples.keys:
+            raise InputError(f"{procedure} needs to know the {role} of a row, {role}_column=... names its column")
+        groups = samples.keys[role].to_numpy()
+        names = sorted(set(groups)) if role == "year" else list(dict.fromkeys(groups))
+        if len(names) < 2:
+            raise InputError(f"the table has one {role} ({names[0]}); {procedure} needs at least 2")
+        outer = [(ids[groups != name], ids[groups == name]) for name in names]
+    result = []
+    for number, (rest, test) in enumerate(outer, start=1):
+        if len(np.unique(plots[rest])) < 2:
+            raise InputError(f"fold {number}: plots to train and validate on: {len(np.unique(plots[rest]))}; 2 are needed")
+        inner = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=seed)
+        train, validation = next(inner.split(rest, groups=plots[rest]))
+        fold = Split(rest[train], rest[validation], test)
+        targets = samples.y[fold.train]
+        if len(targets) < 2 or np.ptp(targets) == 0:
+            raise InputError(
+                f"fold {number}: training rows: {len(targets)}, different target values among them: "
+                f"{len(np.unique(targets))}; a varying target is needed"
+            )
+        if len(test) < 3:
+            raise InputError(f"fold {number}: test rows: {len(test)}; 3 are needed, the r2 of fewer says nothing")
+        result.append(fold)
+    return result
+
+
+def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
+    """Inputs of the models of a fold; every mean, standard deviation and category is that of the training rows.
+
+    A category has its channel in every fold; where no training row has it, the channel is 0 throughout.
+    """
+    flat = samples.x.transpose(0, 2, 1).reshape(len(samples.x), -1)
+    scaler = StandardScaler().fit(flat[train])
+    scaled = scaler.transform(flat).astype(np.float32).reshape(len(flat), *samples.x.shape[:0:-1]).transpose(0, 2, 1)
+    channels, covariates = [], []
+    for name, values in samples.covariates.items():
+        if values.dtype == np.float64:
+            numbers = values.to_numpy()[:, None]
+            own = StandardScaler().fit(numbers[train])
+            channels.append(own.transform(numbers))
+            covariates.append({"name": name, "mean": float(own.mean_[0]), "sd": float(own.scale_[0])})
+            continue
+        text = values.astype(str).to_numpy()
+        categories, trained = sorted(set(text)), sorted(set(text[train]))
+        channels.append((text[:, None] == np.array(categories)) & np.isin(categories, trained))
+        covariates.append({"name": name, "categories": categories, "categories_in_training": trained})
+    joined = np.concatenate(channels, axis=1) if channels else np.empty((len(flat), 0))
+    training = samples.x[train]
+    record = {
+        "bands": samples.columns.bands,
+        "steps": samples.columns.steps,
+        "study_variable": samples.columns.target,
+        "predictor_mean": scaler.mean_.tolist(),
+        "predictor_sd": scaler.scale_.tolist(),
+        "predictor_order": "bands fastest within a step",
+        "value_range": {
+            band: [float(training[:, index].min()), float(training[:, index].max())]
+            for index, band in enumerate(samples.columns.bands)
+        },
+        "covariates": covariates,
+    }
+    return Inputs(scaled, joined.astype(np.float32), record)
+
+
+def channels(inputs: Inputs) -> NDArray[np.float32]:
+    """What a network sees, (sample, channel, step): the bands, then each covariate as a channel of one value."""
+    constant = np.broadcast_to(inputs.covariates[:, :, None], (*inputs.covariates.shape, inputs.x.shape[2]))
+    return np.concatenate([inputs.x, constant], axis=1)
