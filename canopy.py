@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets.canopy_cache import cache_patches, content_digest
-from datasets.canopy_catalogue import NODATA, RESOLUTIONS, Patch, read_catalogue, select
-from datasets.canopy_tiles import (
+from datasets.canopy.cache import cache_patches, content_digest
+from datasets.canopy.catalogue import NODATA, RESOLUTIONS, Patch, read_catalogue, select
+from datasets.canopy.demo import SIMULATED, demo_root
+from datasets.canopy.tiles import (
     ANGLE_CHANNELS,
     BANDS,
     Batch,
@@ -42,12 +43,11 @@ from datasets.canopy_tiles import (
     find_statistics,
     standardise,
 )
-from datasets.demo_tile import SIMULATED, demo_root
 from models.pixel_baselines import fit_boosting, pixel_features
 from models.threasure_net import ENCODERS, UPSAMPLINGS, Prediction, ThreasureNet
-from utils import canopy_figures
-from utils.canopy_losses import ALONE, LOSSES, Pool, canopy_loss
-from utils.canopy_metrics import CanopyScores, class_names
+from utils.canopy import plots
+from utils.canopy.losses import ALONE, LOSSES, Pool, canopy_loss
+from utils.canopy.metrics import CanopyScores, class_names
 from utils.errors import InputError
 from utils.figures import as_image, save_png
 from utils.flags import FlagParser, auto_or, auto_yes_no, number_of, one_of, real, whole
@@ -688,14 +688,14 @@ class Evaluation:
     Attributes:
         loss: mean over samples of the loss of each alone, so that it depends on no batch.
         scores: figures by group, in metres.
-        counts: pixels by observed and predicted height, `canopy_figures.BIN` metres a bin.
+        counts: pixels by observed and predicted height, `plots.BIN` metres a bin.
         scenes: the first windows, for a picture.
     """
 
     loss: float
     scores: dict[str, dict[str, float]]
     counts: NDArray[np.int64]
-    scenes: list[canopy_figures.Scene]
+    scenes: list[plots.Scene]
 
 
 @torch.no_grad()
@@ -715,9 +715,9 @@ def evaluate(run: Run, samples: CanopyPatches, label: str, write: Callable[..., 
     run.net.eval()
     scores = CanopyScores(sorted({name_of(patch.name)[0] for patch in samples.patches}), fabric.device)
     losses = torch.zeros(2, dtype=torch.float64, device=fabric.device)
-    bins = canopy_figures.BINS
+    bins = plots.BINS
     counts = torch.zeros(bins * bins, dtype=torch.int64, device=fabric.device)
-    scenes: list[canopy_figures.Scene] = []
+    scenes: list[plots.Scene] = []
     mine = range(fabric.global_rank, len(samples), fabric.world_size)
     size = max(1, flags["batch_size"] // fabric.world_size)
     batches = [[(index, 0) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
@@ -741,9 +741,7 @@ def evaluate(run: Run, samples: CanopyPatches, label: str, write: Callable[..., 
         reference, vegetation = batch.height / DECIMETRES, torch.sigmoid(logit)
         scores.update(metres, vegetation, reference, batch.no_vegetation, [name_of(name)[0] for name in batch.names])
         valid = ~batch.no_vegetation
-        observed, predicted = (
-            (heights[valid] / canopy_figures.BIN).long().clamp(0, bins - 1) for heights in (reference, metres)
-        )
+        observed, predicted = ((heights[valid] / plots.BIN).long().clamp(0, bins - 1) for heights in (reference, metres))
         counts += torch.bincount(observed * bins + predicted, minlength=bins * bins)
         if len(scenes) < SCENES:
             scenes += [scene(run, batch, metres, row) for row in range(min(SCENES - len(scenes), len(batch.names)))]
@@ -762,11 +760,11 @@ def name_of(name: str) -> tuple[str, str]:
     return tile, patch
 
 
-def scene(run: Run, batch: Batch, metres: Tensor, row: int) -> canopy_figures.Scene:
+def scene(run: Run, batch: Batch, metres: Tensor, row: int) -> plots.Scene:
     """One window of a batch for a picture, its image that of the date nearest to the LiDAR's."""
     apart = (batch.days[row] - batch.lidar_day[row]).abs().masked_fill(batch.padding[row], 10**6)
     cut = slice(run.margin, -run.margin)
-    return canopy_figures.Scene(
+    return plots.Scene(
         batch.names[row],
         batch.images[row, int(apart.argmin()), :, cut, cut].float().cpu().numpy(),
         (batch.height[row, 0] / DECIMETRES).cpu().numpy(),
@@ -795,7 +793,7 @@ def validate(run: Run, loss_train: float) -> None:
             run.write_weights(weights_of(progress.step))
         number = len(progress.validations)
         title = f"validation {number}, step {progress.step}, {flags['resolution']:g} m{run.note}"
-        picture = canopy_figures.scenes(result.scenes, title)
+        picture = plots.scenes(result.scenes, title)
         save_png(picture, Path("pictures") / f"validation_{number:04d}.png")
         assert run.events is not None  # the first process writes them
         run.events.add_image("validation", as_image(picture), progress.step, dataformats="HWC")
@@ -971,9 +969,9 @@ def write_pictures(run: Run, result: Evaluation) -> None:
     total, flags = result.scores["all"], run.flags
     title = f"test, {flags['resolution']:g} m: MAE {total['mae']:.2f} m, bias {total['bias']:.2f} m, r² {total['r2']:.2f}"
     pictures = {
-        "scatter": canopy_figures.density_scatter(result.counts, title + run.note),
-        "height_classes": canopy_figures.error_by_class(result.scores, class_names(), title + run.note),
-        "test": canopy_figures.scenes(result.scenes, title + run.note),
+        "scatter": plots.density_scatter(result.counts, title + run.note),
+        "height_classes": plots.error_by_class(result.scores, class_names(), title + run.note),
+        "test": plots.scenes(result.scenes, title + run.note),
     }
     assert run.events is not None  # the first process writes them
     for name, picture in pictures.items():

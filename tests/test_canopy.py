@@ -23,11 +23,11 @@ from conftest import PROJECT, Ended, Runner, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import canopy
-from datasets.canopy_tiles import CanopyPatches
+from datasets.canopy.tiles import CanopyPatches
 from models import threasure_net
 from models.pixel_baselines import PARTS_OF_YEAR, fit_boosting, pixel_features
 from models.threasure_net import ThreasureNet
-from utils.canopy_metrics import class_names
+from utils.canopy.metrics import class_names
 from utils.errors import InputError
 from utils.runs import CHECKPOINT, read_tensors
 from utils.seeds import INITIAL_WEIGHTS, generator_for

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from canopy_root import BANDS, NODATA, edit_table, write_root, write_tif
 
-from datasets.canopy_catalogue import Catalogue, angle_channels, read_catalogue, select
+from datasets.canopy.catalogue import Catalogue, angle_channels, read_catalogue, select
 from utils.errors import InputError
 
 TABLE = "patches/30TXT/30TXT.parquet"

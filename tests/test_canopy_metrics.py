@@ -8,7 +8,7 @@ from sklearn.metrics import mean_absolute_percentage_error, r2_score, root_mean_
 from test_canopy_losses import case
 from torch import Tensor
 
-from utils.canopy_metrics import (
+from utils.canopy.metrics import (
     CanopyScores,
     class_names,
     errors_at_best_shift,

@@ -12,10 +12,10 @@ from canopy_root import NODATA, SPECTRUM, write_root, write_tif
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.canopy_cache import CachedPatch, cache_patches
-from datasets.canopy_catalogue import read_catalogue, select
-from datasets.canopy_reference import drop_low_and_isolated
-from datasets.canopy_tiles import PUBLISHED, Batch, CanopyPatches, collate, find_statistics, standardise
+from datasets.canopy.cache import CachedPatch, cache_patches
+from datasets.canopy.catalogue import read_catalogue, select
+from datasets.canopy.reference import drop_low_and_isolated
+from datasets.canopy.tiles import PUBLISHED, Batch, CanopyPatches, collate, find_statistics, standardise
 from utils.errors import InputError
 
 SQUARES = {f"{km:04d}_6740": "training" for km in (440, 441, 442)}

@@ -42,8 +42,8 @@ from scipy import ndimage, sparse, special
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from datasets.canopy_catalogue import BANDS, NODATA
-from datasets.canopy_reference import vegetation_mask
+from datasets.canopy.catalogue import BANDS, NODATA
+from datasets.canopy.reference import vegetation_mask
 from utils.errors import InputError
 
 Floats = NDArray[np.float32]
@@ -315,7 +315,7 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
     by_tile: dict[str, list[Rows]] = {}
     for task, rows in zip(tasks, made, strict=True):
         by_tile.setdefault(task.square.tile, []).append(rows)
-    (root / SIMULATED).write_text("Tiles drawn by datasets/demo_tile.py; nothing here was measured.\n")
+    (root / SIMULATED).write_text("Tiles drawn by datasets/canopy/demo.py; nothing here was measured.\n")
     for index, (name, patches) in enumerate(by_tile.items()):
         _write_tables(root, name, patches, np.random.default_rng((seed, index, TABLE_STREAM)))
 

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.canopy_cache import CachedPatch, read_reference
-from datasets.canopy_catalogue import ANGLE_CHANNELS as ANGLE_CHANNELS
-from datasets.canopy_catalogue import BANDS as BANDS
-from datasets.canopy_catalogue import BORDER, PATCH_SIZE, PIXEL, SQUARE_SIZE
-from datasets.canopy_catalogue import NODATA as NODATA
-from datasets.canopy_reference import drop_low_and_isolated
+from datasets.canopy.cache import CachedPatch, read_reference
+from datasets.canopy.catalogue import ANGLE_CHANNELS as ANGLE_CHANNELS
+from datasets.canopy.catalogue import BANDS as BANDS
+from datasets.canopy.catalogue import BORDER, PATCH_SIZE, PIXEL, SQUARE_SIZE
+from datasets.canopy.catalogue import NODATA as NODATA
+from datasets.canopy.reference import drop_low_and_isolated
 from utils.errors import InputError
 from utils.seeds import STATISTICS, WINDOWS
 

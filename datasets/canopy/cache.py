@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datasets.canopy_catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE, Patch, opened
-from datasets.canopy_reference import at_resolution
+from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE, Patch, opened
+from datasets.canopy.reference import at_resolution
 from utils.errors import InputError
 from utils.runs import whole_file, write_text
 

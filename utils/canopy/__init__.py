@@ -1,0 +1,1 @@
+"""Canopy height: losses, metrics and plots."""
