@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from datasets.canopy import demo
 from datasets.canopy.catalogue import BANDS
-from datasets.canopy.demo import CONTEXTS, TILES, Landscape, Square, Task, demo_root, sun_angles
+from datasets.canopy.demo import CONTEXT_OF_SQUARE, TILES, Landscape, Square, Task, demo_root, sun_angles
 from utils.errors import InputError
 
 QUALITY = ["masked_pixels", "valid_pixels", "ratio_cloud", "ratio_border"]
@@ -140,14 +140,16 @@ def test_images_of_a_date_share_sun_and_view(root: Path) -> None:
 def test_a_square_of_fields_is_there_to_be_dropped(tmp_path: Path) -> None:
     """The first training square of each full tile has too little tall vegetation in its middle."""
     for tile in range(len(TILES)):
-        square = demo._place_square(tile, 0, CONTEXTS[0], 2024, small=False)
+        square = demo._place_square(tile, 0, CONTEXT_OF_SQUARE[0], 2024, small=False)
         assert demo._make_patch(Task(tmp_path, square, [])).mask["valid_crop"] < 10
 
 
 @pytest.mark.parametrize("tile", range(len(TILES)))
 def test_no_patch_meets_another_square(tile: int) -> None:
     """Patches reach 250 m beyond their squares; contexts stay apart by more than that."""
-    squares = [demo._place_square(tile, position, context, 2024, False) for position, context in enumerate(CONTEXTS)]
+    squares = [
+        demo._place_square(tile, position, context, 2024, False) for position, context in enumerate(CONTEXT_OF_SQUARE)
+    ]
     assert {square.context for square in squares} == {"training", "validation", "test"}
 
     def apart(one: Square, other: Square) -> bool:
@@ -197,7 +199,7 @@ def ndvi_of(landscape: Landscape, day: int, where: NDArray[np.bool_]) -> float:
 
 
 def test_broadleaves_lose_their_leaves_and_conifers_do_not(landscape: Landscape) -> None:
-    border = demo.BORDER // demo.CELL
+    border = demo.FRINGE // demo.CELL
     cover = [
         (crowns[border:-border, border:-border].reshape(150, 5, 150, 5) > 0).mean(axis=(1, 3))
         for crowns in (landscape.broadleaf, landscape.conifer)
@@ -235,7 +237,7 @@ def test_shadows_fall_north_as_long_as_the_sun_is_low(day: int) -> None:
 
 def test_files_do_not_depend_on_the_processes(root: Path, tmp_path: Path) -> None:
     """Two squares made again, each in a process of its own, are those that one process made."""
-    contexts = demo.SMALL_CONTEXTS
+    contexts = demo.SMALL_CONTEXT_OF_SQUARE
     squares = [demo._place_square(0, position, context, 2024, small=True) for position, context in enumerate(contexts)]
     acquisitions = demo._draw_acquisitions(squares, (2024, 0), demo.SMALL_DATES)
     rows = list(demo._make_patches([Task(tmp_path, square, acquisitions) for square in squares[:2]], processes=2))

@@ -33,7 +33,26 @@ CLASS_EDGES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)  # metres; the last class
 LARGEST_STEP = 100.0  # metres; first differences are clamped to it
 LARGEST_SHIFT = 2  # output pixels
 VALID_SHARE = 0.7  # of a quarter's pixels, for its spectrum to count
+BIN = 0.5  # metres, of the joint histogram
+BINS = 100
 TINY = 1e-6
+
+# Metrics of a test in the order of the report: label, name, unit.
+REPORTED = (
+    ("MAE", "mae", " m"),
+    ("RMSE", "rmse", " m"),
+    ("Bias", "bias", " m"),
+    ("MAPE", "mape", ""),
+    ("R2", "r2", ""),
+    ("Gradient difference", "gradient_difference", " m2"),
+    ("Fine structure", "fine_structure_percent", " %"),
+    ("MAE at best shift", "mae_best_shift", " m"),
+    ("Vegetation precision", "precision", ""),
+    ("Vegetation recall", "recall", ""),
+    ("Vegetation F1", "f1", ""),
+    ("Vegetation accuracy", "accuracy", ""),
+    ("Vegetation IoU", "iou", ""),
+)
 
 
 def class_names() -> list[str]:
@@ -99,6 +118,13 @@ def errors_at_best_shift(prediction: Tensor, target: Tensor, no_vegetation: Tens
         for right in range(2 * edge + 1)
     ]
     return torch.stack(sums).amin(0), valid.flatten(1).sum(1)
+
+
+def joint_histogram(prediction: Tensor, target: Tensor, no_vegetation: Tensor) -> Tensor:
+    """Pixels by height of the target (row) and of the prediction (column), `BIN` metres a bin; the last one is open."""
+    valid = ~no_vegetation
+    observed, predicted = ((heights[valid] / BIN).long().clamp(0, BINS - 1) for heights in (target, prediction))
+    return torch.bincount(observed * BINS + predicted, minlength=BINS * BINS).view(BINS, BINS)
 
 
 def _of_heights(**options: Any) -> dict[str, Metric]:

@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.canopy.metrics import BIN, BINS, class_names
 from utils.figures import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from utils.canopy.evaluation import Evaluation
 
 TRUE_COLOUR = (2, 1, 0)  # bands B4, B3, B2
 TALLEST = 35.0  # metres, end of the colour scale
 LARGEST_ERROR = 10.0  # metres
 BESIDE = (1.03, 0, 0.05, 1)  # place of a colour bar, in parts of the axes
 BARS = (1000.0, 500.0, 200.0, 100.0, 50.0)  # metres, of scale bars
-BIN = 0.5  # metres, of the density scatter
-BINS = 100
 
 
 class Scene(NamedTuple):
@@ -128,3 +129,15 @@ def error_by_class(figures: dict[str, dict[str, float]], classes: list[str], tit
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def of_test(evaluation: "Evaluation", resolution: float, note: str) -> dict[str, "Figure"]:
+    """The plots of a test by name, their titles with its metrics."""
+    total = evaluation.scores["all"]
+    metrics = f"MAE {total['mae']:.2f} m, bias {total['bias']:.2f} m, r² {total['r2']:.2f}"
+    title = f"test, {resolution:g} m: {metrics}{note}"
+    return {
+        "scatter": density_scatter(evaluation.histogram, title),
+        "height_classes": error_by_class(evaluation.scores, class_names(), title),
+        "test": scenes(evaluation.scenes, title),
+    }
