@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 EPOCHS_BETWEEN_KEPT = 10  # weights are kept every so many epochs
 SHOWN_METRICS = ("mae", "rmse", "bias", "r2", "iou")  # in TensorBoard and the records of validations
 PROJECT = "vegetation from Sentinel-2 time series, operation canopy"
-RUNTIME_FLAGS = ("workers", "devices", "num_nodes")  # flags that change where a run computes, not what
+RUNTIME_FLAGS = ("workers", "devices", "num_nodes")  # change where a run computes, not its results
 
 # Values of the flags left at auto, by preset. The published ones are the paper's.
 PRESETS = ("published", "demo")
@@ -85,45 +85,43 @@ AUTO: dict[str, tuple[float, float]] = {
 PUBLISHED_AT_10_M = {"num_rdb": 4, "num_dense_layers": 4}
 
 parser = FlagParser(prog="canopy.py", description=__doc__)
-parser.flag("accumulate", auto_or(whole(1)), "auto", "batches whose gradients make one step of the optimiser")
-parser.flag("angles", auto_yes_no, "auto", "auto/yes/no, sun and view angles as six more channels; auto: where there")
-parser.flag("batch_size", auto_or(whole(1)), "auto", "windows of a batch, over all devices")
+parser.flag("accumulate", auto_or(whole(1)), "auto", "batches whose gradients are accumulated for one optimiser step")
+parser.flag("angles", auto_yes_no, "auto", "auto/yes/no, sun and view angles as six more channels; auto: if present")
+parser.flag("batch_size", auto_or(whole(1)), "auto", "windows in a batch, over all devices")
 parser.flag("channels", auto_or(whole(1)), "auto", "feature channels of the network")
-parser.flag(
-    "clip_norm", auto_or(real(0)), "auto", "largest norm of a step's gradient, longer ones are shortened; 0: no limit"
-)
+parser.flag("clip_norm", auto_or(real(0)), "auto", "gradient clipping: largest norm of a step's gradient; 0: none")
 parser.flag("data", str, "demo", "folder of tiles, or demo (simulated)")
-parser.flag("decay_factor", auto_or(real(0, above=True)), "auto", "peak of the learning rate over the cycle before's")
+parser.flag("decay_factor", auto_or(real(0, above=True)), "auto", "peak learning rate of a cycle relative to the one before")
 parser.flag("devices", whole(1), 1, "processes of a node, each on a device of its own")
-parser.flag("encoder", one_of(*ENCODERS), ENCODERS[0], f"network of the single images: {', '.join(ENCODERS)}")
-parser.flag("epochs", auto_or(whole(1)), "auto", "most passes over the training squares, a window each")
-parser.flag("growth_channels", auto_or(whole(1)), "auto", "channels that each dense layer adds")
-parser.flag("lidar_resolution", real(0, above=True), 1, "m, pixels of the LiDAR files")
+parser.flag("encoder", one_of(*ENCODERS), ENCODERS[0], f"network applied to each image: {', '.join(ENCODERS)}")
+parser.flag("epochs", auto_or(whole(1)), "auto", "maximum number of epochs, each a random window of every training square")
+parser.flag("growth_channels", auto_or(whole(1)), "auto", "channels added by each dense layer")
+parser.flag("lidar_resolution", real(0, above=True), 1, "m, pixel size of the LiDAR files")
 parser.flag("loss", one_of(*LOSSES), LOSSES[0], f"sum of terms: {', '.join(LOSSES)}")
 parser.flag("lr", auto_or(real(0)), "auto", "Adam: learning rate at the first peak")
-parser.flag("mask", auto_yes_no, "auto", "auto/yes/no, the files' masks of tall vegetation; auto: where there")
-parser.flag("max_dates", auto_or(whole(1)), "auto", "most images of a sample")
-parser.flag("max_masked", real(0, 100), 50, "percent, most cloud-masked pixels of an image")
-parser.flag("min_dates", whole(1), 5, "least images of a square")
-parser.flag("min_valid", real(0, 100), 100, "percent, least valid pixels of an image")
-parser.flag("min_vegetation", real(0, 100), 10, "percent, least tall vegetation of a square, where masks are in use")
-parser.flag("num_dense_layers", auto_or(whole(1)), "auto", "rdn: convolutions of a dense block")
+parser.flag("mask", auto_yes_no, "auto", "auto/yes/no, masks of tall vegetation from the files; auto: if present")
+parser.flag("max_dates", auto_or(whole(1)), "auto", "maximum number of images in a sample")
+parser.flag("max_masked", real(0, 100), 50, "percent, maximum share of cloud-masked pixels in an image")
+parser.flag("min_dates", whole(1), 5, "minimum number of images of a square")
+parser.flag("min_valid", real(0, 100), 100, "percent, minimum share of valid pixels in an image")
+parser.flag("min_vegetation", real(0, 100), 10, "percent, minimum tall vegetation of a square, if masks are in use")
+parser.flag("num_dense_layers", auto_or(whole(1)), "auto", "rdn: convolutions in a dense block")
 parser.flag("num_nodes", whole(1), 1, "machines, under torchrun or Slurm")
 parser.flag("num_rdb", auto_or(whole(1)), "auto", "rdn: residual dense blocks")
-parser.flag("patience", auto_or(whole(1)), "auto", "validations without a better loss that end the training")
-parser.flag("precision", one_of("auto", "32", "bf16"), "auto", "32, bf16, or auto: bf16 where the hardware multiplies it")
-parser.flag("preset", one_of("auto", *PRESETS), "auto", "what the flags at auto mean: published, demo (smaller, shorter)")
-parser.flag("resolution", number_of(*RESOLUTIONS), 5, "m, pixels of the height map: 10, 5 or 2.5")
+parser.flag("patience", auto_or(whole(1)), "auto", "early stopping: validations without a lower loss")
+parser.flag("precision", one_of("auto", "32", "bf16"), "auto", "32, bf16, or auto: bf16 if the hardware multiplies it")
+parser.flag("preset", one_of("auto", *PRESETS), "auto", "values of the flags at auto: published, or demo (smaller, shorter)")
+parser.flag("resolution", number_of(*RESOLUTIONS), 5, "m, pixel size of the height map: 10, 5 or 2.5")
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
-parser.flag("statistics", one_of("auto", "published", "data"), "auto", "to standardise with; auto: data where they differ")
-parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first cycle of the learning rate")
-parser.flag("t_mult", auto_or(whole(1)), "auto", "length of a cycle over the one before")
+parser.flag("statistics", one_of("auto", "published", "data"), "auto", "to standardise with; auto: data if they differ")
+parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first learning-rate cycle")
+parser.flag("t_mult", auto_or(whole(1)), "auto", "length of a cycle relative to the one before")
 parser.flag("tiles", str, "all", "names of tiles, separated by spaces or commas, or all")
-parser.flag("upsampling", one_of(*UPSAMPLINGS), UPSAMPLINGS[0], f"to the finer grid by {' or '.join(UPSAMPLINGS)}")
-parser.flag("validations_per_epoch", auto_or(real(0, above=True)), "auto", "0.05: one every 20 epochs")
+parser.flag("upsampling", one_of(*UPSAMPLINGS), UPSAMPLINGS[0], f"to the finer grid, by {' or '.join(UPSAMPLINGS)}")
+parser.flag("validations_per_epoch", auto_or(real(0, above=True)), "auto", "validations an epoch; 0.05: one every 20 epochs")
 parser.flag("weight_no_vegetation", real(0), 0.1, "weight of pixels without tall vegetation in the loss of heights")
 parser.flag("window", auto_or(whole(8)), "auto", "side of a sample in image pixels of 10 m")
-parser.flag("workers", auto_or(whole(0)), "auto", "reading processes of each device; auto: 0 on a CPU, 4 on a GPU")
+parser.flag("workers", auto_or(whole(0)), "auto", "data-loading processes of each device; auto: 0 on a CPU, 4 on a GPU")
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
 parser.flag(
     "cache",
@@ -166,7 +164,7 @@ def experiment(flags: dict[str, Any], fabric: "Fabric", cache: str, margin: int,
 
 
 def resolve_auto_flags(flags: dict[str, Any], device: torch.device) -> list[str]:
-    """Replace auto by the values in force, in place, and tell them in lines for the user."""
+    """Replace auto by the values in force, in place; returns lines that report them to the user."""
     if flags["preset"] == "auto":
         flags["preset"] = "demo" if flags["data"] == "demo" else "published"
     published, demo = ({name: values[column] for name, values in AUTO.items()} for column in range(2))
@@ -200,14 +198,14 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, log: Callable[[str
 
 
 def make_network(flags: dict[str, Any], channels_in: int) -> ThreasureNet:
-    """The network of the flags, not initialised."""
+    """The network that the flags describe, not initialised."""
     names = ("encoder", "num_rdb", "num_dense_layers", "growth_channels", "channels", "upsampling")
     return ThreasureNet(flags["resolution"], channels_in, **{name: flags[name] for name in names})
 
 
 @dataclass
 class Run:
-    """One run, with the flags' values in force; only the first process logs and has TensorBoard's events."""
+    """One run, its flags resolved; only the first process logs and writes TensorBoard events."""
 
     flags: dict[str, Any]
     data: Splits
@@ -218,7 +216,7 @@ class Run:
 
     @property
     def note(self) -> str:
-        """What every metric and plot must say of simulated data."""
+        """Marks every metric and plot of simulated data."""
         return " (simulated)" if self.data.catalogue.simulated else ""
 
     @property
@@ -234,7 +232,7 @@ class Run:
 
 
 def start_run(flags: dict[str, Any], data: Splits, fabric: "Fabric", log: Callable[[str], None]) -> Run:
-    """Make network and optimiser, at the start of their training or where it was interrupted."""
+    """Build network and optimiser, and resume from the checkpoint if there is one."""
     net = make_network(flags, len(BANDS) + ANGLE_CHANNELS * data.catalogue.with_angles)
     net.initialise(generator_for(flags["seed"], INITIAL_WEIGHTS))
     identity = {"data_sha256": data.digests, **without_runtime_flags(flags)}
@@ -256,7 +254,7 @@ def loader_of(run: Run, samples: CanopyPatches, batches: Iterable[list[tuple[int
 
 
 def predict(run: Run, batch: Batch, generators: Sequence[torch.Generator] | None = None) -> Prediction:
-    """The network on a batch of the device; heights and logits in float32, without the margin."""
+    """Network outputs for a batch on the device, in float32 and without the margin."""
     images = standardise(batch.images, batch.angles, run.data.statistics)
     dates = (batch.days, batch.lidar_day, batch.padding)
     height, vegetation = run.state.net(images, *dates, cut=run.data.margin, generators=generators)
@@ -292,7 +290,7 @@ def train(run: Run) -> None:
             rate = learning_rate(progress.step)
             state.optimizer.param_groups[0]["lr"] = rate
             if flags["clip_norm"] > 0:
-                # One cloudy window would otherwise slow Adam down for the thousand steps that its mean square remembers.
+                # One cloudy window would otherwise slow Adam down for the thousand steps of its running mean square.
                 fabric.clip_gradients(state.net, state.optimizer, max_norm=flags["clip_norm"], error_if_nonfinite=False)
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -320,13 +318,9 @@ def loss_of(run: Run, *tensors: Tensor, pool: Pool = ALONE) -> Tensor:
 
 
 def backward(run: Run, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-    """Add the gradient of a batch; its loss, and whether each sample's heights are finite (sample,).
-
-    Raises:
-        InputError: out of memory.
-    """
+    """Accumulate the gradient of a batch; returns its loss and whether each sample's heights are finite (sample,)."""
     fabric, flags = run.fabric, run.flags
-    # A generator a sample of the whole batch: what is dropped does not depend on how many processes share it.
+    # One generator for each sample of the whole batch: dropout does not depend on how many processes share the batch.
     first = fabric.global_rank * len(batch.names)
     places = range(first, first + len(batch.names))
     generators = [generator_for(flags["seed"], DROPOUT, number, place, device=fabric.device) for place in places]
@@ -342,7 +336,7 @@ def backward(run: Run, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(run: Run, samples: CanopyPatches, label: str, windows: Path | None = None) -> Evaluation:
-    """Predict the central window of each square, the squares shared among the processes; write them to a folder, if any."""
+    """Predict the central window of each square, shared among the processes; write GeoTIFFs to `windows` if given."""
     fabric, flags, statistics = run.fabric, run.flags, run.data.statistics
     grid = {"crs": run.data.catalogue.crs, "resolution": flags["resolution"]}
     run.state.net.eval()
@@ -432,7 +426,7 @@ def test(run: Run) -> None:
 
 
 def pixel_window(samples: CanopyPatches, index: int, epoch: int) -> PixelWindow:
-    """A sample as the baselines see it."""
+    """A sample as input of the baselines."""
     sample, cut = samples.sample(index, epoch), slice(samples.margin, -samples.margin)
     features = pixel_features(sample.images[..., cut, cut], sample.days, NODATA)
     return PixelWindow(features, in_metres(sample.height), sample.no_vegetation, tile_of(sample.name))

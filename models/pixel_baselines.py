@@ -1,8 +1,8 @@
-"""Baselines of canopy height that look at one pixel: what the network must beat.
+"""Baselines of canopy height from single pixels, which the network must beat.
 
 Gradient boosting (Ke et al. 2017, LightGBM; scikit-learn's histogram version) on the bands of a pixel over the year. The
 images of a place come at dates of their own, so the year is cut in equal parts and each part has the mean of its images;
-parts without a clear image are missing values, which the trees know how to treat.
+parts without a clear image are missing values, which the trees handle.
 """
 
 import warnings
@@ -67,7 +67,7 @@ def pixel_features(images: NDArray[np.int16], days: NDArray[np.int64], nodata: i
 
 
 def fit_boosting(features: Floats, heights: Floats, seed: int) -> Callable[[Floats], Floats]:
-    """Gradient boosting of absolute errors, which is what the network learns, too.
+    """Gradient boosting of the absolute error, the main term of the network's loss.
 
     Args:
         features: (pixel, feature).
@@ -75,7 +75,7 @@ def fit_boosting(features: Floats, heights: Floats, seed: int) -> Callable[[Floa
         seed: of the trees' draws.
 
     Returns:
-        What predicts (pixel,) heights in metres from (pixel, feature).
+        A function that predicts heights in metres (pixel,) from features (pixel, feature).
     """
     seen = np.isfinite(features).any(axis=0)  # a part of the year may have no image at all
     trees = HistGradientBoostingRegressor(loss="absolute_error", max_iter=BOOSTING_ROUNDS, random_state=seed)

@@ -172,17 +172,17 @@ def test_what_is_learnt_does_not_depend_on_the_other_contexts(run_canopy: Callab
         outcomes.append(
             (weights, record["statistics"], document["data"]["sha256"], document["validations"], document["test"])
         )
-    (weights, statistics, digests, *figures), (others, again, changed, *other_figures) = outcomes
+    (weights, statistics, digests, *metrics), (others, again, changed, *other_metrics) = outcomes
     assert all(torch.equal(others[name], tensor) for name, tensor in weights.items()) and statistics == again
     assert digests["training"] == changed["training"]
     assert digests["validation"] != changed["validation"] and digests["test"] != changed["test"]
-    assert figures[0] != other_figures[0] and figures[1] != other_figures[1]
+    assert metrics[0] != other_metrics[0] and metrics[1] != other_metrics[1]
 
 
 def test_a_validation_is_shown_before_the_checkpoint_counts_it(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a run killed in between would lack its picture and its figures in TensorBoard."""
+    """Else a run killed in between would lack its plot and its metrics in TensorBoard."""
 
     def fail(_: object) -> None:
         raise InputError("stopped")
@@ -240,11 +240,11 @@ def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
 def results(folder: Path) -> tuple[dict[str, Any], bytes, bytes]:
     """What must be the same in two runs that ought to be."""
     document = json.loads((folder / "metrics.json").read_text())
-    figures = {name: document[name] for name in ("test", "best_step", "steps", "validations")}
-    return figures, (folder / "models" / "last.safetensors").read_bytes(), next((folder / "test").iterdir()).read_bytes()
+    metrics = {name: document[name] for name in ("test", "best_step", "steps", "validations")}
+    return metrics, (folder / "models" / "last.safetensors").read_bytes(), next((folder / "test").iterdir()).read_bytes()
 
 
-def test_a_killed_run_goes_on_to_the_same_figures_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_metrics_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
     folders = tmp_path / "undisturbed", tmp_path / "killed"
     # Checkpoints fall within epochs of two steps, and within what a reading process has read ahead.
     flags = [*SHORT, *tiles, "batch_size=1", "epochs=5", "validations_per_epoch=0.67", "workers=1"]
@@ -261,8 +261,8 @@ def test_a_killed_run_goes_on_to_the_same_figures_bit_for_bit(tiles: list[str], 
         process = start(folder, *flags)
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    (figures, *files), (others, *other_files) = (results(folder) for folder in folders)
-    assert json.dumps(figures) == json.dumps(others)
+    (metrics, *files), (others, *other_files) = (results(folder) for folder in folders)
+    assert json.dumps(metrics) == json.dumps(others)
     assert files == other_files
 
 

@@ -153,4 +153,4 @@ def gathered(fabric: "Fabric", tensor: Tensor) -> Tensor:
 
 
 def silent(line: str) -> None:
-    """What processes other than the first say."""
+    """The log of processes other than the first: nothing."""

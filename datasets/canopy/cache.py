@@ -162,7 +162,7 @@ def _missing(patches: Sequence[Patch], cached: Sequence[CachedPatch]) -> list[tu
 
 
 def _is_whole(array: str) -> bool:
-    """Whether an array is there, as long as its header says."""
+    """Whether an array and its digest are there, the array as long as its header says."""
     try:
         np.load(array, mmap_mode="r")
     except (OSError, ValueError):

@@ -84,7 +84,7 @@ class Finding:
 
 
 class Raster(NamedTuple):
-    """What the layout says of a kind of file: bands, types, pixel sizes (m), and reach beyond the square (m)."""
+    """What the layout demands of a kind of file: bands, types, pixel sizes (m), and border around the square (m)."""
 
     bands: int
     dtypes: tuple[str, ...]

@@ -713,7 +713,7 @@ def _observe(surface: Reals, sky: Sky, acquisition: Acquisition, rng: np.random.
 
 
 def _make_patch(task: Task) -> Rows:
-    """Write the images, LiDAR heights and mask of a patch and give what the tables say of them."""
+    """Write the images, LiDAR heights and mask of a patch; returns its rows of the tables."""
     root, square, acquisitions = task
     rng = np.random.default_rng(square.seed)
     landscape = _draw_landscape(square.forest_share, rng)
@@ -776,7 +776,7 @@ def _surfaces(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator
 
 
 def _quality(sky: Sky) -> dict[str, float]:
-    """What the table says of an image's usable pixels, percent; thin clouds go unseen, as in real masks."""
+    """The table's quality columns of an image, percent of pixels; thin clouds go undetected, as in real masks."""
     cloud, shadow = sky.cloud > DETECTED, sky.shadow > DETECTED
     shares = {
         "masked_pixels": cloud | shadow | sky.outside,

@@ -38,7 +38,7 @@ class Splits(NamedTuple):
         return self.training.margin
 
     def description(self) -> dict[str, Any]:
-        """What a document of results says of the data."""
+        """The data's entries in a document of results."""
         return {
             "sha256": self.digests,
             "simulated": self.catalogue.simulated,
@@ -48,7 +48,7 @@ class Splits(NamedTuple):
         }
 
     def input_record(self) -> dict[str, Any]:
-        """What is needed to feed weights that were trained on the data."""
+        """What a user of weights trained on these data must know of the input and the target."""
         description = self.description()
         return {
             "bands": BANDS,

@@ -39,7 +39,7 @@ Heights = TypeVar("Heights", Tensor, NDArray[np.float32])
 
 
 def in_metres(decimetres: Heights) -> Heights:
-    """Heights of the files, of samples and of batches in metres."""
+    """Heights of files, samples and batches, in decimetres, to metres."""
     return decimetres / DECIMETRES
 
 
@@ -62,11 +62,11 @@ class Statistics:
     source: str
 
     def standardise_height(self, decimetres: Tensor) -> Tensor:
-        """Heights as the network learns them."""
+        """Heights as the network is trained on them."""
         return (decimetres - self.height_median) / self.height_scale
 
     def metres(self, standardised: Tensor) -> Tensor:
-        """Heights of the network in metres; below the ground there are none."""
+        """Heights predicted by the network in metres, clamped at 0."""
         return in_metres(standardised * self.height_scale + self.height_median).clamp_min(0)
 
 

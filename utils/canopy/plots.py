@@ -1,4 +1,4 @@
-"""Pictures of canopy height: what the network sees, says and gets wrong."""
+"""Plots of canopy height: images, reference, prediction and error."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -112,7 +112,7 @@ def density_scatter(counts: NDArray[np.int64], title: str) -> "Figure":
     return figure
 
 
-def error_by_class(figures: dict[str, dict[str, float]], classes: list[str], title: str) -> "Figure":
+def error_by_class(scores: dict[str, dict[str, float]], classes: list[str], title: str) -> "Figure":
     """Mean absolute error and bias of each height class, with its number of pixels."""
     from matplotlib.figure import Figure
 
@@ -121,9 +121,9 @@ def error_by_class(figures: dict[str, dict[str, float]], classes: list[str], tit
     places = np.arange(len(classes))
     for shift, colour, name in ((-0.2, COLOURS[0], "mae"), (0.2, COLOURS[1], "bias")):
         label = "mean absolute error" if name == "mae" else "bias (prediction - LiDAR)"
-        axes.bar(places + shift, [figures[one][name] for one in classes], 0.38, color=colour, label=label)
+        axes.bar(places + shift, [scores[one][name] for one in classes], 0.38, color=colour, label=label)
     axes.axhline(0, color="0.3", linewidth=0.8)
-    axes.set_xticks(places, [f"{one}\n{figures[one]['pixels']:,.0f} px" for one in classes], fontsize=8)
+    axes.set_xticks(places, [f"{one}\n{scores[one]['pixels']:,.0f} px" for one in classes], fontsize=8)
     axes.set(xlabel="LiDAR height", ylabel="m")
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=9)
@@ -134,8 +134,8 @@ def error_by_class(figures: dict[str, dict[str, float]], classes: list[str], tit
 def of_test(evaluation: "Evaluation", resolution: float, note: str) -> dict[str, "Figure"]:
     """The plots of a test by name, their titles with its metrics."""
     total = evaluation.scores["all"]
-    metrics = f"MAE {total['mae']:.2f} m, bias {total['bias']:.2f} m, r² {total['r2']:.2f}"
-    title = f"test, {resolution:g} m: {metrics}{note}"
+    metrics = f"MAE {total['mae']:.2f} m, bias {total['bias']:.2f} m, coefficient of determination {total['r2']:.2f}"
+    title = f"test, {resolution:g} m{note}\n{metrics}"
     return {
         "scatter": density_scatter(evaluation.histogram, title),
         "height_classes": error_by_class(evaluation.scores, class_names(), title),

@@ -16,7 +16,7 @@ from utils.seeds import SHUFFLE, generator_for
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-BEST_KEPT = 2  # weights of so many of the best validations
+BEST_KEPT = 2  # best validations whose weights are kept
 MODELS = Path("models")
 
 
@@ -28,7 +28,7 @@ class Progress:
         step: optimiser steps done.
         best: loss and step of the best validations, best first.
         without_better: validations since the best.
-        validations: a record each: step, epoch, loss_train, loss_val, mae, rmse, r2, iou.
+        validations: a record each: step, epoch, loss_train, loss_val and metrics.
         seconds: of training, over all sessions.
     """
 
@@ -39,7 +39,7 @@ class Progress:
     seconds: float = 0.0
 
     def add_validation(self, record: dict[str, float]) -> None:
-        """Count a validation, of loss `loss_val` after the current step, and rank it among the best."""
+        """Record a validation after the current step and rank it by its `loss_val`; counts towards early stopping."""
         loss = record["loss_val"]
         self.without_better += 1
         if not self.best or loss < self.best[0][0]:
@@ -124,7 +124,7 @@ class TrainingState:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def summary(self) -> dict[str, Any]:
-        """What a document of results says of the training."""
+        """The training's entries in a document of results."""
         progress = self.progress
         return {
             "params": self.params,
@@ -142,12 +142,12 @@ class TrainingState:
 
 
 def weights_after(step: int) -> Path:
-    """Where the weights of a validation lie while the training goes on."""
+    """Path of the weights of a validation while training goes on."""
     return MODELS / f"step_{step:07d}.safetensors"
 
 
 def validation_due(step: int, steps_per_epoch: int, validations_per_epoch: float) -> bool:
-    """Whether a validation falls on this step: so many times an epoch, evenly spaced."""
+    """Whether to validate after this step: `validations_per_epoch` times an epoch, evenly spaced."""
     done, before = (math.floor(s * validations_per_epoch / steps_per_epoch + 1e-9) for s in (step, step - 1))
     return done > before
 
@@ -169,7 +169,7 @@ def batches_from(
 
 
 def what_to_lower(flags: Mapping[str, Any], images: Tensor, device: torch.device) -> str:
-    """Where the memory did not suffice for a batch of images, and the flags that need less of it."""
+    """Advice for an out-of-memory error: what did not fit, and the flags that reduce it."""
     windows, dates, _, side, _ = images.shape
     return (
         f"on {device} with {windows} windows of {side} x {side} pixels and {dates} dates a process; lower "
