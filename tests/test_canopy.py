@@ -29,9 +29,9 @@ from models.pixel_baselines import PARTS_OF_YEAR, fit_boosting, pixel_features
 from models.threasure_net import ThreasureNet
 from utils.canopy.evaluation import Evaluation
 from utils.canopy.metrics import class_names
-from utils.canopy.training import TrainingState, batches_from, validation_due
+from utils.canopy.training import CHECKPOINT, TrainingState, batches_from, validation_due
 from utils.errors import InputError
-from utils.runs import CHECKPOINT, read_tensors
+from utils.runs import read_tensors
 from utils.seeds import INITIAL_WEIGHTS, generator_for
 
 SHORT = ["preset=demo", "batch_size=2", "epochs=2", "window=16", "num_rdb=1", "num_dense_layers=1", "channels=8"]
@@ -285,6 +285,15 @@ def test_a_checkpoint_is_not_continued_with_other_flags(
     assert (tmp_path / CHECKPOINT).exists()
     done = run_canopy(*SHORT, *tiles, "seed=7")
     assert done.returncode == 2 and "seed=42" in done.stderr and "seed=7" in done.stderr
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
+) -> None:
+    for content in (b"", b"no checkpoint"):
+        (tmp_path / CHECKPOINT).write_bytes(content)
+        done = run_canopy(*SHORT, *tiles)
+        assert done.returncode == 2 and "checkpoint.pt is not a checkpoint that this project wrote" in done.stderr
 
 
 NAME_THREADS_AT_EXIT = """

@@ -1,6 +1,6 @@
 """Training samples of canopy height: Sentinel-2 windows, their dates and angles, and the LiDAR heights below them.
 
-From files to a batch:
+From files to a batch (`datasets.canopy.splits` does this for all contexts of a run):
 
     catalogue = read_catalogue(root, tiles, resolution=2.5)                  tables and headers, checked
     patches, dropped = select(catalogue, "training")                         which images of which squares

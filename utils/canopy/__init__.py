@@ -1,1 +1,1 @@
-"""Canopy height: losses, metrics and plots."""
+"""Canopy height: losses, metrics, the state of a training, evaluation, plots and GeoTIFFs."""

@@ -1,6 +1,8 @@
 """The state of a training: network, optimiser and progress, its checkpoint, and the weights that it keeps."""
 
+import io
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.runs import CHECKPOINT, read_tensors, refuse_other_flags, versions, write_tensors
+from utils.runs import read_tensors, refuse_other_flags, versions, whole_file, write_tensors
 from utils.seeds import SHUFFLE, generator_for
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 BEST_KEPT = 2  # best validations whose weights are kept
 MODELS = Path("models")
+CHECKPOINT = Path("checkpoint.pt")
 
 
 @dataclass
@@ -74,30 +77,28 @@ class TrainingState:
         self.module, self.identity, self.record = module, identity, record
         self.net, self.optimizer = fabric.setup(module, optimizer)
         self.progress = Progress()
-        self.resumed = Path(CHECKPOINT).exists()
+        self.resumed = CHECKPOINT.exists()
         if self.resumed:
-            self._resume(Path(CHECKPOINT))
+            self._resume()
 
-    def _resume(self, path: Path) -> None:
-        tensors, record = read_tensors(path)
-        refuse_other_flags(path.absolute(), record["identity"], self.identity)
-        self.module.load_state_dict({name: tensors[f"net.{name}"] for name in self.module.state_dict()})
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, parameter, key = name.split(".")
-                state.setdefault(int(parameter), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.progress = Progress(**record["progress"])
-        self.progress.best = [(loss, step) for loss, step in record["progress"]["best"]]
+    def _resume(self) -> None:
+        try:
+            saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{CHECKPOINT.absolute()} is not a checkpoint that this project wrote: {reason}") from error
+        refuse_other_flags(CHECKPOINT.absolute(), saved["identity"], self.identity)
+        self.module.load_state_dict(saved["net"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.progress = Progress(**saved["progress"])
 
     def save(self) -> None:
         """Write the checkpoint, then remove weights that are no longer among the best."""
-        tensors = {f"net.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        for parameter, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{parameter}.{key}": value for key, value in state.items()}
-        write_tensors(Path(CHECKPOINT), tensors, {"identity": self.identity, "progress": asdict(self.progress)})
+        states = {"net": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        buffer = io.BytesIO()  # torch.save to a file would not say that the disk is full
+        torch.save({"identity": self.identity, "progress": asdict(self.progress), **states}, buffer)
+        with whole_file(CHECKPOINT) as beside:
+            beside.write_bytes(buffer.getbuffer())
         kept = {weights_after(step) for _, step in self.progress.best}
         for path in MODELS.glob("step_*.safetensors"):
             if path not in kept:
@@ -136,7 +137,7 @@ class TrainingState:
 
     def finish(self) -> None:
         """Remove the checkpoint and give the best weights their final names: nothing is left to resume."""
-        Path(CHECKPOINT).unlink(missing_ok=True)
+        CHECKPOINT.unlink(missing_ok=True)
         for name, (_, step) in zip(("best", "second_best"), self.progress.best, strict=False):
             weights_after(step).replace(MODELS / f"{name}.safetensors")
 
