@@ -18,11 +18,11 @@ import numpy as np
 from rasterio.windows import Window
 
 from benchmarks.rates import compare_rates, rate_of
-from datasets.canopy_cache import cache_patches
-from datasets.canopy_catalogue import BORDER, PIXEL, SQUARE_SIZE, Patch, opened, read_catalogue, select
-from datasets.canopy_reference import at_resolution, drop_low_and_isolated
-from datasets.canopy_tiles import CanopyPatches
-from datasets.demo_tile import demo_root
+from datasets.canopy.cache import cache_patches
+from datasets.canopy.catalogue import BORDER, PIXEL, SQUARE_SIZE, Patch, opened, read_catalogue, select
+from datasets.canopy.demo import demo_root
+from datasets.canopy.reference import at_resolution, drop_low_and_isolated
+from datasets.canopy.tiles import CanopyPatches
 
 WINDOW, MARGIN, DATES = 64, 32, 12
 

@@ -32,11 +32,11 @@ class PlainDenseBlock(nn.Module):
         return self.fusion(features) + x
 
 
-def plain_day_code(days: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def plain_positional_encoding(days: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """(...) to (..., size)."""
-    place = torch.arange(size)
-    angle = days.unsqueeze(-1).to(dtype) / 365 ** (2 * (place // 2) / size)
-    return torch.where(place % 2 == 0, angle.sin(), angle.cos())
+    index = torch.arange(size)
+    angle = days.unsqueeze(-1).to(dtype) / 365 ** (2 * (index // 2) / size)
+    return torch.where(index % 2 == 0, angle.sin(), angle.cos())
 
 
 class PlainThreasureNet(nn.Module):
@@ -78,9 +78,9 @@ class PlainThreasureNet(nn.Module):
     def attend(self, x: Tensor, days: Tensor, lidar_day: Tensor, padding: Tensor) -> Tensor:
         """(sample, date, channel, row, column) to (sample, channel, row, column)."""
         dtype = self.keys.weight.dtype
-        x = (x + plain_day_code(days, 64, dtype)[..., None, None]).permute(0, 3, 4, 1, 2)
+        x = (x + plain_positional_encoding(days, 64, dtype)[..., None, None]).permute(0, 3, 4, 1, 2)
         keys = self.keys(x).unflatten(4, (4, 16))
-        query = plain_day_code(lidar_day - 183, 16, dtype)
+        query = plain_positional_encoding(lidar_day - 183, 16, dtype)
         logits = torch.einsum("srcdhk,sk->srcdh", keys, query) / math.sqrt(16)
         weights = logits.masked_fill(padding[:, None, None, :, None], -torch.inf).softmax(3)
         weights = F.dropout(weights, 0.1, self.training)

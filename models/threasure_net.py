@@ -34,7 +34,7 @@ ENCODERS = ("rdn", "unet")
 UPSAMPLINGS = ("shuffle", "interpolation")
 HEADS = 4
 QUERY_DAY = 183
-"""Day of the year that the query's code counts from."""
+"""Day of the year that the query's encoding counts from."""
 ATTENTION_DROPOUT = 0.1
 LEAK = 0.2
 ICNR_NOISE = 1e-3
@@ -45,7 +45,7 @@ UNET_MARGIN = 32
 
 
 class Prediction(NamedTuple):
-    """What the network says of each output pixel, (sample, 1, row, column) each."""
+    """Outputs of the network, (sample, 1, row, column) each."""
 
     height: Tensor
     """Standardised height."""
@@ -163,9 +163,9 @@ class DenseBlock(nn.Module):
         return [torch.cat([weights[k] for weights in by_layer[k:]]) for k in range(len(by_layer))]
 
     def forward(self, x: Tensor, valid: Sequence[bool]) -> Tensor:
-        """(image, channel, row, column); `valid` says of each layer whether it uses up a ring of pixels."""
+        """(image, channel, row, column); `valid`: whether each layer goes without padding, using up a ring of pixels."""
         features = [x]
-        later: Tensor | None = None  # what the layers still to come have of the features so far
+        later: Tensor | None = None  # sums that later layers have accumulated from the features so far
         bias: Tensor | None = torch.cat([layer.bias for layer in convolutions(self.layers) if layer.bias is not None])
         for weight, uses_ring in zip(self.weights_by_feature(), valid, strict=True):
             total = conv3x3(features[-1], weight, bias, uses_ring)
@@ -194,8 +194,8 @@ class ResidualDenseNetwork(nn.Module):
         self.fusion = nn.Conv2d(num_blocks * channels, channels, 1)
         self.conv_out = nn.Conv2d(channels, channels, 3)
         self.num_layers = num_layers
-        self.reach = 3 + num_blocks * num_layers
-        """How far an output pixel sees, in pixels: one a 3x3 convolution."""
+        self.receptive_field = 3 + num_blocks * num_layers
+        """Receptive field to each side, in pixels: one for each 3x3 convolution."""
 
     def initialise(self, generator: torch.Generator) -> None:
         """Kaiming-normal weights, biases 0."""
@@ -207,10 +207,10 @@ class ResidualDenseNetwork(nn.Module):
 
     def forward(self, x: Tensor, inset: int) -> Tensor:
         """(image, band, row, column) to (image, channel, row, column) without `inset` pixels at each side."""
-        x = crop(x, max(inset - self.reach, 0))
+        x = crop(x, max(inset - self.receptive_field, 0))
         # The last layers use up a ring each, so that every layer computes only what those after it see.
-        rings = min(inset, self.reach)
-        valid = [False] * (self.reach - rings) + [True] * rings
+        rings = min(inset, self.receptive_field)
+        valid = [False] * (self.receptive_field - rings) + [True] * rings
         for conv, uses_ring in zip(convolutions(self.conv_in), valid[:2], strict=True):
             x = conv3x3(x, conv.weight, conv.bias, uses_ring)
         shallow, outputs = x, []
@@ -296,18 +296,19 @@ class UNet(nn.Module):
         return crop(self.conv_out(self.levels(self.stem(x)))[..., :rows, :columns], inset)
 
 
-def day_code(days: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Code of days, (...) to (..., size): sine at even places, cosine at odd ones (Vaswani et al. 2017), period 365."""
-    place = torch.arange(size, device=days.device)
-    angle = days.unsqueeze(-1).to(dtype) / 365 ** (2 * (place // 2) / size)
-    return torch.where(place % 2 == 0, angle.sin(), angle.cos())
+def positional_encoding(days: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal encoding of days (Vaswani et al. 2017) with base 365, (...) to (..., size): sine at even indices."""
+    index = torch.arange(size, device=days.device)
+    angle = days.unsqueeze(-1).to(dtype) / 365 ** (2 * (index // 2) / size)
+    return torch.where(index % 2 == 0, angle.sin(), angle.cos())
 
 
 class TemporalAttention(nn.Module):
-    """Attention over the dates of each pixel; the query is the code of the LiDAR's day, one for all heads and pixels.
+    """Attention over the dates of each pixel; the query is the positional encoding of the LiDAR's day, one for all
+    heads and pixels.
 
     Lightweight attention of Garnot and Landrieu, "Lightweight temporal self-attention for classifying satellite images
-    time series", 2020, without its learnt query. Values are the features themselves, shared among the heads.
+    time series", 2020, without its learned query. Values are the features themselves, shared among the heads.
     """
 
     def __init__(self, channels: int) -> None:
@@ -322,8 +323,8 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor, days: Tensor, lidar_day: Tensor, generator: torch.Generator | None) -> Tensor:
         """One sample: (date, channel, row, column), days (date,) and one LiDAR day to (channel, row, column)."""
         dtype = self.keys.weight.dtype
-        x = (x + day_code(days, x.shape[1], dtype)[:, :, None, None]).permute(0, 2, 3, 1)
-        query = day_code(lidar_day - QUERY_DAY, self.depth, dtype) / math.sqrt(self.depth)
+        x = (x + positional_encoding(days, x.shape[1], dtype)[:, :, None, None]).permute(0, 2, 3, 1)
+        query = positional_encoding(lidar_day - QUERY_DAY, self.depth, dtype) / math.sqrt(self.depth)
         # query . (keys x) = (query keys) . x: one vector a head instead of keys for each pixel and date.
         folded = query @ self.keys.weight.unflatten(0, (HEADS, self.depth))
         weights = self.dropout((x @ folded.t()).softmax(0), generator)
@@ -351,8 +352,8 @@ class Upsampling(nn.Module):
         widened = 4 * channels if shuffle else channels
         self.convs = nn.ModuleList(nn.Conv2d(channels, widened, 3) for _ in range(doublings))
         self.convs.append(nn.Conv2d(channels, channels, 3))
-        self.reach = 2 ** len(self.convs) - 1
-        """How far an output pixel sees, in output pixels, the input pixel it lies in apart."""
+        self.receptive_field = 2 ** len(self.convs) - 1
+        """Receptive field to each side, in output pixels, beyond the input pixel that the output pixel lies in."""
 
     def initialise(self, generator: torch.Generator) -> None:
         """ICNR before a shuffle, else PyTorch's own."""
@@ -475,8 +476,10 @@ class ThreasureNet(nn.Module):
         """Input pixels to cut at each side."""
         if isinstance(self.encoder, UNet):
             return UNET_MARGIN
-        reach = self.encoder.reach * self.factor + (self.upsampling.reach if self.upsampling else 0)
-        return 8 * math.ceil(reach / (8 * self.factor))
+        receptive_field = self.encoder.receptive_field * self.factor
+        if self.upsampling:
+            receptive_field += self.upsampling.receptive_field
+        return 8 * math.ceil(receptive_field / (8 * self.factor))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw the initial weights, which depend on the generator (of the weights' device) alone."""

@@ -110,7 +110,7 @@ def run_canopy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.fixture(scope="session")
 def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root of few simulated squares: one tile, two for training, one each for validation and test."""
-    from datasets.demo_tile import demo_root
+    from datasets.canopy.demo import demo_root
 
     return demo_root(tmp_path_factory.mktemp("tiles"), small=True)
 

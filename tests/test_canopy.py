@@ -23,13 +23,15 @@ from conftest import PROJECT, Ended, Runner, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import canopy
-from datasets.canopy_tiles import CanopyPatches
+from datasets.canopy.tiles import CanopyPatches
 from models import threasure_net
 from models.pixel_baselines import PARTS_OF_YEAR, fit_boosting, pixel_features
 from models.threasure_net import ThreasureNet
-from utils.canopy_metrics import class_names
+from utils.canopy.evaluation import Evaluation
+from utils.canopy.metrics import class_names
+from utils.canopy.training import CHECKPOINT, TrainingState, batches_from, validation_due
 from utils.errors import InputError
-from utils.runs import CHECKPOINT, read_tensors
+from utils.runs import read_tensors
 from utils.seeds import INITIAL_WEIGHTS, generator_for
 
 SHORT = ["preset=demo", "batch_size=2", "epochs=2", "window=16", "num_rdb=1", "num_dense_layers=1", "channels=8"]
@@ -102,11 +104,11 @@ def test_training_stops_early_and_the_best_weights_are_tested(
     real, losses = canopy.evaluate, iter([1.0, 2.0, 3.0])
     tested: dict[str, torch.Tensor] = {}
 
-    def evaluate(run: canopy.Run, samples: CanopyPatches, label: str, *rest: Any) -> canopy.Evaluation:
+    def evaluate(run: canopy.Run, samples: CanopyPatches, label: str, *rest: Any) -> Evaluation:
         result = real(run, samples, label, *rest)
         if samples is run.data.validation:
             return replace(result, loss=next(losses))
-        tested.update({name: tensor.clone() for name, tensor in run.plain.state_dict().items()})
+        tested.update({name: tensor.clone() for name, tensor in run.state.module.state_dict().items()})
         return result
 
     monkeypatch.setattr(canopy, "evaluate", evaluate)
@@ -170,34 +172,22 @@ def test_what_is_learnt_does_not_depend_on_the_other_contexts(run_canopy: Callab
         outcomes.append(
             (weights, record["statistics"], document["data"]["sha256"], document["validations"], document["test"])
         )
-    (weights, statistics, digests, *figures), (others, again, changed, *other_figures) = outcomes
+    (weights, statistics, digests, *metrics), (others, again, changed, *other_metrics) = outcomes
     assert all(torch.equal(others[name], tensor) for name, tensor in weights.items()) and statistics == again
     assert digests["training"] == changed["training"]
     assert digests["validation"] != changed["validation"] and digests["test"] != changed["test"]
-    assert figures[0] != other_figures[0] and figures[1] != other_figures[1]
-
-
-def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(
-    run_canopy: Callable[..., Ended], tmp_path: Path
-) -> None:
-    root = write_root(tmp_path / "root")
-    shared = {"441_6741": "training", "0450_6740": "training", "0452_6740": "validation", "0454_6740": "test"}
-    write_root(root, tile="31TDM", squares=shared, seed=2)
-    done = run_canopy(*SHORT, f"data={root}", f"cache={tmp_path / 'cache'}", "epochs=1")
-    assert done.returncode == 0, done.stderr
-    assert "Squares for training: 3; left out: squares that another tile has for test or validation (1)" in done.stdout
-    assert "simulated" not in done.stdout
+    assert metrics[0] != other_metrics[0] and metrics[1] != other_metrics[1]
 
 
 def test_a_validation_is_shown_before_the_checkpoint_counts_it(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a run killed in between would lack its picture and its figures in TensorBoard."""
+    """Else a run killed in between would lack its plot and its metrics in TensorBoard."""
 
     def fail(_: object) -> None:
         raise InputError("stopped")
 
-    monkeypatch.setattr(canopy.Run, "save", fail)
+    monkeypatch.setattr(TrainingState, "save", fail)
     assert run_canopy(*SHORT, *tiles).returncode == 2
     assert (tmp_path / "pictures" / "validation_0001.png").exists()
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -250,11 +240,11 @@ def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
 def results(folder: Path) -> tuple[dict[str, Any], bytes, bytes]:
     """What must be the same in two runs that ought to be."""
     document = json.loads((folder / "metrics.json").read_text())
-    figures = {name: document[name] for name in ("test", "best_step", "steps", "validations")}
-    return figures, (folder / "models" / "last.safetensors").read_bytes(), next((folder / "test").iterdir()).read_bytes()
+    metrics = {name: document[name] for name in ("test", "best_step", "steps", "validations")}
+    return metrics, (folder / "models" / "last.safetensors").read_bytes(), next((folder / "test").iterdir()).read_bytes()
 
 
-def test_a_killed_run_goes_on_to_the_same_figures_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_metrics_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
     folders = tmp_path / "undisturbed", tmp_path / "killed"
     # Checkpoints fall within epochs of two steps, and within what a reading process has read ahead.
     flags = [*SHORT, *tiles, "batch_size=1", "epochs=5", "validations_per_epoch=0.67", "workers=1"]
@@ -271,8 +261,8 @@ def test_a_killed_run_goes_on_to_the_same_figures_bit_for_bit(tiles: list[str], 
         process = start(folder, *flags)
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    (figures, *files), (others, *other_files) = (results(folder) for folder in folders)
-    assert json.dumps(figures) == json.dumps(others)
+    (metrics, *files), (others, *other_files) = (results(folder) for folder in folders)
+    assert json.dumps(metrics) == json.dumps(others)
     assert files == other_files
 
 
@@ -290,11 +280,20 @@ def test_an_interrupted_run_says_how_to_resume(tiles: list[str], tmp_path: Path)
 def test_a_checkpoint_is_not_continued_with_other_flags(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canopy, "report_test", lambda *_: (_ for _ in ()).throw(InputError("stopped")))
+    monkeypatch.setattr(canopy, "test", lambda *_: (_ for _ in ()).throw(InputError("stopped")))
     assert run_canopy(*SHORT, *tiles).returncode == 2
     assert (tmp_path / CHECKPOINT).exists()
     done = run_canopy(*SHORT, *tiles, "seed=7")
     assert done.returncode == 2 and "seed=42" in done.stderr and "seed=7" in done.stderr
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(
+    run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
+) -> None:
+    for content in (b"", b"no checkpoint"):
+        (tmp_path / CHECKPOINT).write_bytes(content)
+        done = run_canopy(*SHORT, *tiles)
+        assert done.returncode == 2 and "checkpoint.pt is not a checkpoint that this project wrote" in done.stderr
 
 
 NAME_THREADS_AT_EXIT = """
@@ -425,21 +424,21 @@ def test_out_of_memory_says_which_flags_to_lower(
 
 def test_presets_say_what_they_change() -> None:
     cpu = torch.device("cpu")
-    flags: dict[str, Any] = dict.fromkeys(canopy.PRESETS["demo"])
+    flags: dict[str, Any] = dict.fromkeys(canopy.AUTO)
     rest: dict[str, Any] = {"lidar_resolution": None, "workers": None, "precision": "32", "preset": "auto"}
     demo: dict[str, Any] = {**flags, **rest, "resolution": 5.0, "data": "demo", "lr": 0.5}
-    line, *_ = canopy.settle(demo, cpu)
+    line, *_ = canopy.resolve_auto_flags(demo, cpu)
     assert line.startswith("Preset demo in force; not as published") and "channels 32 (64)" in line and "lr" not in line
     assert demo["lr"] == 0.5 and demo["channels"] == 32
     real: dict[str, Any] = {**flags, **rest, "resolution": 10.0, "data": "/somewhere"}
-    assert canopy.settle(real, cpu)[0] == "Preset published in force"
+    assert canopy.resolve_auto_flags(real, cpu)[0] == "Preset published in force"
     assert (real["num_rdb"], real["num_dense_layers"], real["batch_size"], real["accumulate"]) == (4, 4, 32, 4)
     assert real["clip_norm"] == 0 and demo["clip_norm"] > 0 and demo["epochs"] == 140
 
 
 def test_validations_are_spread_over_epochs() -> None:
     def due(steps: int, often: float) -> list[int]:
-        return [step for step in range(1, 13) if canopy.validation_due(step, steps, often)]
+        return [step for step in range(1, 13) if validation_due(step, steps, often)]
 
     assert due(4, 4) == list(range(1, 13))
     assert due(6, 1) == [6, 12]
@@ -447,16 +446,26 @@ def test_validations_are_spread_over_epochs() -> None:
     assert due(3, 0.5) == [6, 12]
 
 
+def test_processes_share_each_batch_and_resume_within_an_epoch() -> None:
+    sizes = {"batch_size": 4, "accumulate": 2, "epochs": 2, "seed": 1}
+    whole = list(batches_from(19, 0, 0, 1, **sizes))
+    assert len(whole) == 8 and all(len(batch) == 4 for batch in whole)  # three squares are left out of each epoch
+    for epoch in range(2):
+        seen = [index for batch in whole for index, of in batch if of == epoch]
+        assert len(set(seen)) == 16
+    halves = [list(batches_from(19, 0, rank, 2, **sizes)) for rank in range(2)]
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+    assert list(batches_from(19, 3, 0, 1, **sizes)) == whole[6:]
+
+
 def test_features_are_means_of_the_parts_of_the_year() -> None:
     images = np.full((3, 10, 2, 2), 100, dtype=np.int16)
     images[1] = 300
     images[2, :, 0, 0] = -10000
     days = np.array([0, 20, 364])
-    x = pixel_features(images, days, np.array([False, False, False]), -10000).reshape(2, 2, PARTS_OF_YEAR, 10)
+    x = pixel_features(images, days, -10000).reshape(2, 2, PARTS_OF_YEAR, 10)
     assert (x[:, :, 0] == 200).all() and np.isnan(x[:, :, 1:-1]).all()
     assert np.isnan(x[0, 0, -1]).all() and (x[1:, :, -1] == 100).all()
-    padded = pixel_features(images, days, np.array([False, True, False]), -10000)
-    assert (padded[..., :10] == 100).all()
 
 
 def test_boosting_learns_and_stands_parts_without_images() -> None:

@@ -14,10 +14,10 @@ import pytest
 import rasterio
 from canopy_root import NODATA, write_root, write_tif
 
-from datasets import canopy_cache
-from datasets.canopy_cache import CachedPatch, cache_patches, read_image, read_reference
-from datasets.canopy_catalogue import Patch, read_catalogue, select
-from datasets.canopy_reference import at_resolution
+from datasets.canopy import cache
+from datasets.canopy.cache import CachedPatch, cache_patches, read_image, read_reference
+from datasets.canopy.catalogue import Patch, read_catalogue, select
+from datasets.canopy.reference import at_resolution
 from utils.errors import InputError
 
 
@@ -76,7 +76,7 @@ def test_what_is_cached_is_not_read_again(fixed: Fixed, monkeypatch: pytest.Monk
     first = fill(fixed, said=said)
     assert said == [f"Reading 1 of 1 patches into {fixed.folder}, 0.00 GB."]
     read: list[Path] = []
-    monkeypatch.setattr(canopy_cache, "read_image", read.append)
+    monkeypatch.setattr(cache, "read_image", read.append)
     again = fill(fixed, said=said)
     assert (again.images, again.reference) == (first.images, first.reference)
     # Another resolution needs another reference, but the same images.

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from canopy_root import BANDS, NODATA, edit_table, write_root, write_tif
 
-from datasets.canopy_catalogue import Catalogue, angle_channels, read_catalogue, select
+from datasets.canopy.catalogue import Catalogue, angle_channels, read_catalogue, select, select_disjoint
 from utils.errors import InputError
 
 TABLE = "patches/30TXT/30TXT.parquet"
@@ -271,6 +271,37 @@ def test_squares_with_little_vegetation_are_left_out_where_masks_are_in_use(root
     with pytest.raises(InputError, match=r"squares with valid_crop below 10 \(1\)"):
         select(catalogue, "training")
     assert len(select(read_catalogue(root, resolution=5.0, mask="no"), "training").patches) == 1
+
+
+def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(tmp_path: Path) -> None:
+    """Tiles overlap, and one table does not know the contexts of another."""
+    root = write_root(tmp_path, images=5)
+    shared = {"441_6741": "training", "0440_6741": "training", "0440_6740": "validation", "0441_6740": "training"}
+    alone = {"0450_6740": "training", "0452_6740": "validation", "0454_6740": "test"}
+    write_root(root, tile="31TDM", squares=shared | alone, images=5, seed=2)
+    selected = select_disjoint(read_catalogue(root, resolution=5.0), min_dates=5)
+    names = {context: [f"{patch.tile}/{patch.name}" for patch in patches] for context, (patches, _) in selected.items()}
+    assert list(names) == ["test", "validation", "training"]
+    assert names["test"] == ["30TXT/0441_6741", "31TDM/0454_6740"]
+    assert names["validation"] == ["30TXT/0440_6741", "31TDM/0440_6740", "31TDM/0452_6740"]
+    # The same square twice in one context hurts nobody.
+    assert names["training"] == ["30TXT/0441_6740", "31TDM/0441_6740", "31TDM/0450_6740"]
+    assert str(selected["training"]) == "3; left out: squares that another tile has for test or validation (3)"
+    assert str(selected["validation"]) == "3"
+
+
+def test_tiles_on_other_grids_share_no_squares(tmp_path: Path) -> None:
+    root = write_root(tmp_path, squares={"0440_6740": "training", "0441_6740": "validation"}, images=5)
+    write_root(root, tile="31TDM", squares={"0440_6740": "test"}, images=5, crs="EPSG:32631")
+    selected = select_disjoint(read_catalogue(root, resolution=5.0))
+    assert all(len(selection.patches) == 1 and not selection.dropped for selection in selected.values())
+
+
+def test_a_context_that_others_leave_no_square_is_refused(tmp_path: Path) -> None:
+    root = write_root(tmp_path, squares={"0440_6740": "training", "0441_6740": "validation"}, images=5)
+    write_root(root, tile="31TDM", squares={"0440_6740": "test"}, images=5)
+    with pytest.raises(InputError, match="every square for training is also one for test or validation in another tile"):
+        select_disjoint(read_catalogue(root, resolution=5.0))
 
 
 def test_angle_channels() -> None:

@@ -6,7 +6,7 @@ import torch
 from conftest import golden
 from torch import Tensor
 
-from utils.canopy_losses import (
+from utils.canopy.losses import (
     LOSSES,
     Pool,
     canopy_loss,

@@ -1,4 +1,4 @@
-"""The figures of a height map: golden numbers, pooling, height classes, shifts."""
+"""The metrics of a height map: golden numbers, pooling, height classes, shifts."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from sklearn.metrics import mean_absolute_percentage_error, r2_score, root_mean_
 from test_canopy_losses import case
 from torch import Tensor
 
-from utils.canopy_metrics import (
+from utils.canopy.metrics import (
     CanopyScores,
     class_names,
     errors_at_best_shift,
@@ -28,7 +28,7 @@ def heights(seed: int, samples: int = 3, size: int = 16) -> tuple[Tensor, Tensor
     return prediction, target, torch.rand(target.shape, generator=generator) < 0.3
 
 
-def test_published_figures_match_the_reference() -> None:
+def test_published_metrics_match_the_reference() -> None:
     prediction, target, no_vegetation = case()
     expected = golden("canopy_losses")
     valid = (~no_vegetation).numpy()
@@ -47,7 +47,7 @@ def test_fine_structure_matches_the_reference() -> None:
     assert power_variation(*powers) == pytest.approx(expected, rel=1e-6)
 
 
-def test_figures_do_not_depend_on_batches_and_match_scikit_learn() -> None:
+def test_metrics_do_not_depend_on_batches_and_match_scikit_learn() -> None:
     prediction, target, no_vegetation = heights(1)
     tiles = ["30TXT", "31TDM", "30TXT"]
     at_once, in_turn = CanopyScores(["30TXT", "31TDM"], CPU), CanopyScores(["30TXT", "31TDM"], CPU)
@@ -56,14 +56,14 @@ def test_figures_do_not_depend_on_batches_and_match_scikit_learn() -> None:
     for row in range(3):
         part = slice(row, row + 1)
         in_turn.update(prediction[part], probability[part], target[part], no_vegetation[part], tiles[part])
-    figures, other = at_once.compute(), in_turn.compute()
-    for group, values in figures.items():
+    metrics, other = at_once.compute(), in_turn.compute()
+    for group, values in metrics.items():
         for name, value in values.items():
             assert value == pytest.approx(other[group][name], rel=1e-4, nan_ok=True), (group, name)
 
     valid = (~no_vegetation).numpy()
     observed, predicted = target.numpy()[valid], prediction.clamp_min(0).numpy()[valid]
-    total = figures["all"]
+    total = metrics["all"]
     assert total["pixels"] == valid.sum()
     assert total["mae"] == pytest.approx(np.abs(predicted - observed).mean(), rel=1e-5)
     assert total["bias"] == pytest.approx((predicted - observed).mean(), rel=1e-4)
@@ -72,19 +72,19 @@ def test_figures_do_not_depend_on_batches_and_match_scikit_learn() -> None:
     assert total["mape"] == pytest.approx(mean_absolute_percentage_error(observed, predicted), rel=1e-3)
     for tile, rows in (("30TXT", [0, 2]), ("31TDM", [1])):
         errors = np.abs(prediction.clamp_min(0).numpy()[rows] - target.numpy()[rows])[valid[rows]]
-        assert figures[f"tile {tile}"]["mae"] == pytest.approx(errors.mean(), rel=1e-5)
+        assert metrics[f"tile {tile}"]["mae"] == pytest.approx(errors.mean(), rel=1e-5)
 
 
 def test_height_classes_hold_their_lower_edge() -> None:
     target = torch.tensor([0.5, 5.0, 29.9, 30.0, 31.0, 12.0, 12.0, 12.0]).repeat(8).view(1, 1, 8, 8)
     scores = CanopyScores(["t"], CPU)
     scores.update(target + 2, torch.ones(target.shape), target, torch.zeros(target.shape, dtype=torch.bool), ["t"])
-    figures = scores.compute()
-    pixels = {name: figures[name]["pixels"] for name in class_names()}
+    metrics = scores.compute()
+    pixels = {name: metrics[name]["pixels"] for name in class_names()}
     assert pixels == {"0-5 m": 8, "5-10 m": 8, "10-15 m": 24, "15-20 m": 0, "20-25 m": 0, "25-30 m": 8, "over 30 m": 16}
-    assert figures["5-10 m"]["bias"] == pytest.approx(2)
-    assert np.isnan(figures["20-25 m"]["mae"])
-    assert figures["all"]["precision"] == 1
+    assert metrics["5-10 m"]["bias"] == pytest.approx(2)
+    assert np.isnan(metrics["20-25 m"]["mae"])
+    assert metrics["all"]["precision"] == 1
 
 
 def test_a_shifted_map_is_right_at_its_best_shift() -> None:
@@ -101,6 +101,6 @@ def test_a_batch_without_vegetation_counts_for_nothing_but_the_mask() -> None:
     prediction, target, no_vegetation = heights(3)
     scores = CanopyScores(["a"], CPU)
     scores.update(prediction, torch.zeros(prediction.shape), target, torch.ones_like(no_vegetation), ["a"] * 3)
-    figures = scores.compute()
-    assert figures["all"]["pixels"] == 0 and np.isnan(figures["all"]["mae"]) and figures["all"]["accuracy"] == 1
-    assert np.isnan(figures["all"]["gradient_difference"]) and np.isnan(figures["all"]["fine_structure_percent"])
+    metrics = scores.compute()
+    assert metrics["all"]["pixels"] == 0 and np.isnan(metrics["all"]["mae"]) and metrics["all"]["accuracy"] == 1
+    assert np.isnan(metrics["all"]["gradient_difference"]) and np.isnan(metrics["all"]["fine_structure_percent"])

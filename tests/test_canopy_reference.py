@@ -7,7 +7,7 @@ import pytest
 from conftest import golden
 from numpy.typing import NDArray
 
-from datasets.canopy_reference import at_resolution, drop_low_and_isolated, vegetation_mask
+from datasets.canopy.reference import at_resolution, drop_low_and_isolated, vegetation_mask
 from utils.errors import InputError
 
 CASES = golden("canopy_resampling")["cases"]

@@ -12,10 +12,10 @@ from canopy_root import NODATA, SPECTRUM, write_root, write_tif
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.canopy_cache import CachedPatch, cache_patches
-from datasets.canopy_catalogue import read_catalogue, select
-from datasets.canopy_reference import drop_low_and_isolated
-from datasets.canopy_tiles import PUBLISHED, Batch, CanopyPatches, collate, find_statistics, standardise
+from datasets.canopy.cache import CachedPatch, cache_patches
+from datasets.canopy.catalogue import read_catalogue, select
+from datasets.canopy.reference import drop_low_and_isolated
+from datasets.canopy.tiles import PUBLISHED, Batch, CanopyPatches, collate, find_statistics, in_metres, standardise
 from utils.errors import InputError
 
 SQUARES = {f"{km:04d}_6740": "training" for km in (440, 441, 442)}
@@ -210,3 +210,11 @@ def test_statistics_leave_out_nodata_and_ground(tmp_path: Path) -> None:
     found = find_statistics(cached(root, 10.0), "data", 1.0, 0)
     assert found.band_median == found.band_scale == (1000.0,) * 10
     assert found.height_median == found.height_scale == 200.0
+
+
+def test_heights_change_their_unit_and_back() -> None:
+    decimetres = torch.tensor([0.0, 113.0, 251.5])
+    standardised = PUBLISHED.standardise_height(decimetres)
+    torch.testing.assert_close(standardised, torch.tensor([-113 / 138.5, 0.0, 1.0]))
+    torch.testing.assert_close(PUBLISHED.metres(standardised), in_metres(decimetres))
+    assert PUBLISHED.metres(torch.tensor(-2.0)) == 0 and in_metres(torch.tensor(25.0)) == 2.5

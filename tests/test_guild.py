@@ -65,7 +65,7 @@ def test_a_run_without_a_name_is_main_and_compares(
     sources = metrics.parent / ".guild" / "sourcecode"
     packages = ("models", "datasets", "utils")
     expected_sources = {Path(name) for name in ("guild.yml", "requirements.lock", "main.py", "canopy.py")}
-    expected_sources |= {path.relative_to(PROJECT) for package in packages for path in (PROJECT / package).glob("*.py")}
+    expected_sources |= {path.relative_to(PROJECT) for package in packages for path in (PROJECT / package).rglob("*.py")}
     assert {path.relative_to(sources) for path in sources.rglob("*.*")} == expected_sources
 
 

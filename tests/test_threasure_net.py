@@ -229,9 +229,9 @@ def test_no_output_pixel_sees_beyond_the_margin(resolution: float, upsampling: s
     height[0, 0, row, row].backward()
     assert changed.grad is not None
     seen = changed.grad[0].abs().sum((0, 1, 2)).nonzero()
-    reach = 11 - int(seen.min())
+    receptive_field = 11 - int(seen.min())
     convolutions = 3 + 2 + (resolution != 10)
-    assert reach in (convolutions, convolutions + 1) and reach <= network.margin
+    assert receptive_field in (convolutions, convolutions + 1) and receptive_field <= network.margin
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 import rasterio
 from numpy.typing import NDArray
 
-from datasets import demo_tile
-from datasets.canopy_catalogue import BANDS
-from datasets.demo_tile import CONTEXTS, TILES, Landscape, Square, Task, demo_root, sun_angles
+from datasets.canopy import demo
+from datasets.canopy.catalogue import BANDS
+from datasets.canopy.demo import CONTEXT_OF_SQUARE, TILES, Landscape, Square, Task, demo_root, sun_angles
 from utils.errors import InputError
 
 QUALITY = ["masked_pixels", "valid_pixels", "ratio_cloud", "ratio_border"]
@@ -40,8 +40,8 @@ def images(root: Path) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def landscape() -> Landscape:
     """What stands in the first square of the small tile."""
-    square = demo_tile._place_square(0, 0, "training", 2024, small=True)
-    return demo_tile._draw_landscape(square.forest_share, np.random.default_rng(square.seed))
+    square = demo._place_square(0, 0, "training", 2024, small=True)
+    return demo._draw_landscape(square.forest_share, np.random.default_rng(square.seed))
 
 
 def read(path: Path) -> NDArray[Any]:
@@ -140,14 +140,16 @@ def test_images_of_a_date_share_sun_and_view(root: Path) -> None:
 def test_a_square_of_fields_is_there_to_be_dropped(tmp_path: Path) -> None:
     """The first training square of each full tile has too little tall vegetation in its middle."""
     for tile in range(len(TILES)):
-        square = demo_tile._place_square(tile, 0, CONTEXTS[0], 2024, small=False)
-        assert demo_tile._make_patch(Task(tmp_path, square, [])).mask["valid_crop"] < 10
+        square = demo._place_square(tile, 0, CONTEXT_OF_SQUARE[0], 2024, small=False)
+        assert demo._make_patch(Task(tmp_path, square, [])).mask["valid_crop"] < 10
 
 
 @pytest.mark.parametrize("tile", range(len(TILES)))
 def test_no_patch_meets_another_square(tile: int) -> None:
     """Patches reach 250 m beyond their squares; contexts stay apart by more than that."""
-    squares = [demo_tile._place_square(tile, position, context, 2024, False) for position, context in enumerate(CONTEXTS)]
+    squares = [
+        demo._place_square(tile, position, context, 2024, False) for position, context in enumerate(CONTEXT_OF_SQUARE)
+    ]
     assert {square.context for square in squares} == {"training", "validation", "test"}
 
     def apart(one: Square, other: Square) -> bool:
@@ -179,7 +181,7 @@ def test_reflectances_are_those_of_land(root: Path, images: pd.DataFrame) -> Non
 
 def ndvi_of(landscape: Landscape, day: int, where: NDArray[np.bool_]) -> float:
     """Mean vegetation index of 10 m pixels on a day, without air and noise."""
-    acquisition = demo_tile.Acquisition(
+    acquisition = demo.Acquisition(
         day,
         "",
         *sun_angles(day),
@@ -191,13 +193,13 @@ def ndvi_of(landscape: Landscape, day: int, where: NDArray[np.bool_]) -> float:
         cloud_seed=(0,),
         last_easting=np.inf,
     )
-    surface = next(demo_tile._surfaces(landscape, [acquisition]))
+    surface = next(demo._surfaces(landscape, [acquisition]))
     red, infrared = surface[..., BANDS.index("B4")], surface[..., BANDS.index("B8")]
     return float(((infrared - red) / (infrared + red))[where].mean())
 
 
 def test_broadleaves_lose_their_leaves_and_conifers_do_not(landscape: Landscape) -> None:
-    border = demo_tile.BORDER // demo_tile.CELL
+    border = demo.FRINGE // demo.CELL
     cover = [
         (crowns[border:-border, border:-border].reshape(150, 5, 150, 5) > 0).mean(axis=(1, 3))
         for crowns in (landscape.broadleaf, landscape.conifer)
@@ -225,33 +227,33 @@ def test_shadows_fall_north_as_long_as_the_sun_is_low(day: int) -> None:
     nothing = np.zeros_like(crowns)
     landscape = Landscape(nothing, nothing.astype(np.int64), nothing, crowns, nothing[:, None])
     zenith, azimuth = sun_angles(day)
-    direct = demo_tile._sunlit(landscape, day, zenith, azimuth)
+    direct = demo._sunlit(landscape, day, zenith, azimuth)
     assert (direct[70:] == 1).all()
-    shaded = (direct[:60, 50] < 0.5).sum() * demo_tile.CELL
+    shaded = (direct[:60, 50] < 0.5).sum() * demo.CELL
     # Crowns let sun through their tops: half of it at half the depth of full shade.
-    length = (20.0 - demo_tile.SHADE_DEPTH / 2) * np.tan(np.deg2rad(zenith)) * -np.cos(np.deg2rad(azimuth))
-    assert shaded == pytest.approx(length, abs=2 * demo_tile.CELL)
+    length = (20.0 - demo.SHADE_DEPTH / 2) * np.tan(np.deg2rad(zenith)) * -np.cos(np.deg2rad(azimuth))
+    assert shaded == pytest.approx(length, abs=2 * demo.CELL)
 
 
 def test_files_do_not_depend_on_the_processes(root: Path, tmp_path: Path) -> None:
     """Two squares made again, each in a process of its own, are those that one process made."""
-    contexts = demo_tile.SMALL_CONTEXTS
-    squares = [demo_tile._place_square(0, position, context, 2024, small=True) for position, context in enumerate(contexts)]
-    acquisitions = demo_tile._draw_acquisitions(squares, (2024, 0), demo_tile.SMALL_DATES)
-    rows = list(demo_tile._make_patches([Task(tmp_path, square, acquisitions) for square in squares[:2]], processes=2))
+    contexts = demo.SMALL_CONTEXT_OF_SQUARE
+    squares = [demo._place_square(0, position, context, 2024, small=True) for position, context in enumerate(contexts)]
+    acquisitions = demo._draw_acquisitions(squares, (2024, 0), demo.SMALL_DATES)
+    rows = list(demo._make_patches([Task(tmp_path, square, acquisitions) for square in squares[:2]], processes=2))
     assert [made.mask["lidar_id"] for made in rows] == [square.patch for square in squares[:2]]
     again, before = files_of(tmp_path), files_of(root)
-    assert len(again) > 2 * demo_tile.SMALL_DATES
+    assert len(again) > 2 * demo.SMALL_DATES
     assert all(content == before[name] for name, content in again.items())
 
 
 def test_another_seed_is_another_landscape(landscape: Landscape) -> None:
-    other = demo_tile._draw_landscape(demo_tile.WOODED, np.random.default_rng((1, 0, 0)))
+    other = demo._draw_landscape(demo.WOODED, np.random.default_rng((1, 0, 0)))
     assert np.corrcoef(other.height.ravel(), landscape.height.ravel())[0, 1] < 0.3
 
 
 def test_a_finished_root_is_found_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_tile, "_simulate", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(demo, "_simulate", lambda *_: pytest.fail("made again"))
     assert demo_root(root.parent, small=True) == root
     assert [path.name for path in root.parent.iterdir()] == [root.name]
 
@@ -264,7 +266,7 @@ def test_failure_leaves_nothing(
         (root / "patches").mkdir()
         raise error
 
-    monkeypatch.setattr(demo_tile, "_simulate", fail)
+    monkeypatch.setattr(demo, "_simulate", fail)
     with pytest.raises(raised, match="could not be written to .*: No space left" if raised is InputError else None):
         demo_root(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -279,7 +281,7 @@ def test_two_at_once_both_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (root / "file").write_text("whole")
         time.sleep(0.05)
 
-    monkeypatch.setattr(demo_tile, "_simulate", write)
+    monkeypatch.setattr(demo, "_simulate", write)
     roots: list[Path] = []
     threads = [threading.Thread(target=lambda: roots.append(demo_root(tmp_path))) for _ in range(2)]
     for thread in threads:

@@ -1,7 +1,7 @@
-"""Figures of a height map against its LiDAR reference, pooled over all pixels of tall vegetation.
+"""Metrics of a height map against its LiDAR reference, pooled over all pixels of tall vegetation.
 
 Heights are in metres, tensors (sample, 1, row, column), masks True where there is no tall vegetation. The published
-figures are means over batches and depend on the batch size; these do not.
+metrics are means over batches and depend on the batch size; these do not.
 """
 
 import itertools
@@ -33,7 +33,26 @@ CLASS_EDGES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)  # metres; the last class
 LARGEST_STEP = 100.0  # metres; first differences are clamped to it
 LARGEST_SHIFT = 2  # output pixels
 VALID_SHARE = 0.7  # of a quarter's pixels, for its spectrum to count
+BIN = 0.5  # metres, of the joint histogram
+BINS = 100
 TINY = 1e-6
+
+# Metrics of a test in the order of the report: label, name, unit.
+REPORTED = (
+    ("MAE", "mae", " m"),
+    ("RMSE", "rmse", " m"),
+    ("Bias", "bias", " m"),
+    ("MAPE", "mape", ""),
+    ("R2", "r2", ""),
+    ("Gradient difference", "gradient_difference", " m2"),
+    ("Fine structure", "fine_structure_percent", " %"),
+    ("MAE at best shift", "mae_best_shift", " m"),
+    ("Vegetation precision", "precision", ""),
+    ("Vegetation recall", "recall", ""),
+    ("Vegetation F1", "f1", ""),
+    ("Vegetation accuracy", "accuracy", ""),
+    ("Vegetation IoU", "iou", ""),
+)
 
 
 def class_names() -> list[str]:
@@ -101,19 +120,26 @@ def errors_at_best_shift(prediction: Tensor, target: Tensor, no_vegetation: Tens
     return torch.stack(sums).amin(0), valid.flatten(1).sum(1)
 
 
-def _of_heights(**options: Any) -> dict[str, Metric]:
+def joint_histogram(prediction: Tensor, target: Tensor, no_vegetation: Tensor) -> Tensor:
+    """Pixels by height of the target (row) and of the prediction (column), `BIN` metres a bin; the last one is open."""
+    valid = ~no_vegetation
+    observed, predicted = ((heights[valid] / BIN).long().clamp(0, BINS - 1) for heights in (target, prediction))
+    return torch.bincount(observed * BINS + predicted, minlength=BINS * BINS).view(BINS, BINS)
+
+
+def _height_metrics(**options: Any) -> dict[str, Metric]:
     return {
         "pixels": SumMetric(**options),
         "mae": MeanAbsoluteError(**options),
         "rmse": MeanSquaredError(squared=False, **options),
         "bias": MeanMetric(**options),
         "mape": MeanAbsolutePercentageError(**options),
-        "r2": R2Score(**options),
+        "r2": R2Score(**options),  # coefficient of determination
     }
 
 
 class CanopyScores:
-    """Collects the figures of a test or validation, batch by batch and over processes.
+    """Collects the metrics of a test or validation, batch by batch and over processes.
 
     Args:
         tiles: names of the tiles that will come.
@@ -124,7 +150,7 @@ class CanopyScores:
     def __init__(self, tiles: Iterable[str], device: torch.device, pooled: bool = True) -> None:
         groups = ["all", *class_names(), *(f"tile {tile}" for tile in tiles)]
         options: dict[str, Any] = {"sync_on_compute": pooled}
-        self.heights = {group: _of_heights(**options) for group in groups}
+        self.heights = {group: _height_metrics(**options) for group in groups}
         self.vegetation: dict[str, Metric] = {
             "precision": BinaryPrecision(**options),
             "recall": BinaryRecall(**options),
@@ -172,15 +198,15 @@ class CanopyScores:
                 metric.update(*((prediction - target,) if name == "bias" else (prediction, target)))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Figures of each group: `all`, the height classes, `tile ...`; nan where a group has too few pixels."""
+        """Metrics of each group: `all`, the height classes, `tile ...`; nan where a group has too few pixels."""
         with warnings.catch_warnings():
             # A process, or a validation, may have no pixel of a height class.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            figures = {}
+            result = {}
             for group, metrics in self.heights.items():
                 pixels = int(metrics["pixels"].compute())
                 enough = {name: pixels > (name == "r2") or name == "pixels" for name in metrics}
-                figures[group] = {
+                result[group] = {
                     name: float(metric.compute()) if enough[name] else math.nan for name, metric in metrics.items()
                 }
             total = {name: float(metric.compute()) for name, metric in self.sums.items()}
@@ -188,12 +214,12 @@ class CanopyScores:
         down = _ratio(total["step_errors_down"], total["steps_down"])
         right = _ratio(total["step_errors_right"], total["steps_right"])
         powers = [_ratio(total[name], total["quarters"]) for name in ("power_prediction", "power_reference")]
-        figures["all"] |= vegetation | {
+        result["all"] |= vegetation | {
             "gradient_difference": (down + right) / 2,
             "fine_structure_percent": power_variation(*powers),
             "mae_best_shift": _ratio(total["shifted_errors"], total["shifted_pixels"]),
         }
-        return figures
+        return result
 
 
 def power_variation(prediction: float, reference: float) -> float:

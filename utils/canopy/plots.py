@@ -1,22 +1,23 @@
-"""Pictures of canopy height: what the network sees, says and gets wrong."""
+"""Plots of canopy height: images, reference, prediction and error."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.canopy.metrics import BIN, BINS, class_names
 from utils.figures import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from utils.canopy.evaluation import Evaluation
 
 TRUE_COLOUR = (2, 1, 0)  # bands B4, B3, B2
 TALLEST = 35.0  # metres, end of the colour scale
 LARGEST_ERROR = 10.0  # metres
 BESIDE = (1.03, 0, 0.05, 1)  # place of a colour bar, in parts of the axes
 BARS = (1000.0, 500.0, 200.0, 100.0, 50.0)  # metres, of scale bars
-BIN = 0.5  # metres, of the density scatter
-BINS = 100
 
 
 class Scene(NamedTuple):
@@ -111,7 +112,7 @@ def density_scatter(counts: NDArray[np.int64], title: str) -> "Figure":
     return figure
 
 
-def error_by_class(figures: dict[str, dict[str, float]], classes: list[str], title: str) -> "Figure":
+def error_by_class(scores: dict[str, dict[str, float]], classes: list[str], title: str) -> "Figure":
     """Mean absolute error and bias of each height class, with its number of pixels."""
     from matplotlib.figure import Figure
 
@@ -120,11 +121,23 @@ def error_by_class(figures: dict[str, dict[str, float]], classes: list[str], tit
     places = np.arange(len(classes))
     for shift, colour, name in ((-0.2, COLOURS[0], "mae"), (0.2, COLOURS[1], "bias")):
         label = "mean absolute error" if name == "mae" else "bias (prediction - LiDAR)"
-        axes.bar(places + shift, [figures[one][name] for one in classes], 0.38, color=colour, label=label)
+        axes.bar(places + shift, [scores[one][name] for one in classes], 0.38, color=colour, label=label)
     axes.axhline(0, color="0.3", linewidth=0.8)
-    axes.set_xticks(places, [f"{one}\n{figures[one]['pixels']:,.0f} px" for one in classes], fontsize=8)
+    axes.set_xticks(places, [f"{one}\n{scores[one]['pixels']:,.0f} px" for one in classes], fontsize=8)
     axes.set(xlabel="LiDAR height", ylabel="m")
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def of_test(evaluation: "Evaluation", resolution: float, note: str) -> dict[str, "Figure"]:
+    """The plots of a test by name, their titles with its metrics."""
+    total = evaluation.scores["all"]
+    metrics = f"MAE {total['mae']:.2f} m, bias {total['bias']:.2f} m, coefficient of determination {total['r2']:.2f}"
+    title = f"test, {resolution:g} m{note}\n{metrics}"
+    return {
+        "scatter": density_scatter(evaluation.histogram, title),
+        "height_classes": error_by_class(evaluation.scores, class_names(), title),
+        "test": scenes(evaluation.scenes, title),
+    }

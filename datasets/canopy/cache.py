@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datasets.canopy_catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE, Patch, opened
-from datasets.canopy_reference import at_resolution
+from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE, Patch, opened
+from datasets.canopy.reference import at_resolution
 from utils.errors import InputError
 from utils.runs import whole_file, write_text
 
@@ -76,7 +77,7 @@ def cache_patches(
         folder: of the cache; runs may share it, and build it one at a time.
         resolution: of the output in m.
         lidar_resolution: of the LiDAR files in m.
-        workers: threads that read; one a processor if None.
+        workers: threads that read; as many as processor cores if None.
         say: takes the line on what will be written, before it is.
 
     Raises:
@@ -134,9 +135,9 @@ def _place(patch: Patch, folder: Path, resolution: float, lidar_resolution: floa
         name=f"{patch.tile}/{patch.name}",
         images=str(beside / f"images-{_key(patch.images)}.npy"),
         reference=str(beside / f"reference-{_key(reference, resolution, lidar_resolution)}.npy"),
-        days=_day_of_year(patch.dates),
+        days=pd.DatetimeIndex(patch.dates).dayofyear.to_numpy(np.int64) - 1,
         angles=patch.angles,
-        lidar_day=int(_day_of_year(patch.lidar_date)),
+        lidar_day=pd.Timestamp(patch.lidar_date).dayofyear - 1,
         corner=patch.corner,
         lidar=str(patch.lidar),
     )
@@ -162,7 +163,7 @@ def _missing(patches: Sequence[Patch], cached: Sequence[CachedPatch]) -> list[tu
 
 
 def _is_whole(array: str) -> bool:
-    """Whether an array is there, as long as its header says."""
+    """Whether an array and its digest are there, the array as long as its header says."""
     try:
         np.load(array, mmap_mode="r")
     except (OSError, ValueError):
@@ -255,9 +256,3 @@ def _write_array(path: Path, array: NDArray[Any]) -> None:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
     write_text(path.with_suffix(DIGEST), hashlib.sha256(array.data).hexdigest())
-
-
-def _day_of_year(dates: NDArray[np.datetime64] | np.datetime64) -> NDArray[np.int64]:
-    """Day of year from 0 (1 January)."""
-    days = np.asarray(dates, dtype="datetime64[D]")
-    return (days - days.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64)

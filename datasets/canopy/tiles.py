@@ -1,6 +1,6 @@
 """Training samples of canopy height: Sentinel-2 windows, their dates and angles, and the LiDAR heights below them.
 
-From files to a batch:
+From files to a batch (`datasets.canopy.splits` does this for all contexts of a run):
 
     catalogue = read_catalogue(root, tiles, resolution=2.5)                  tables and headers, checked
     patches, dropped = select(catalogue, "training")                         which images of which squares
@@ -15,7 +15,7 @@ Windows, dates and statistics are those of THREASURE-Net (Kalinicheva et al. 202
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.canopy_cache import CachedPatch, read_reference
-from datasets.canopy_catalogue import ANGLE_CHANNELS as ANGLE_CHANNELS
-from datasets.canopy_catalogue import BANDS as BANDS
-from datasets.canopy_catalogue import BORDER, PATCH_SIZE, PIXEL, SQUARE_SIZE
-from datasets.canopy_catalogue import NODATA as NODATA
-from datasets.canopy_reference import drop_low_and_isolated
+from datasets.canopy.cache import CachedPatch, read_reference
+from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, BORDER, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE
+from datasets.canopy.reference import drop_low_and_isolated
 from utils.errors import InputError
 from utils.seeds import STATISTICS, WINDOWS
 
@@ -36,6 +33,14 @@ MAX_REFLECTANCE = 15_000  # x 10 000: clouds and glint are cut off here
 BLOCK = 8  # pixels: side of the block an image gives to the statistics
 STATISTICS_PATCHES = 500  # at most: some 15 000 images, a million pixels a band
 HEIGHT_STEP = 5  # m: heights for the statistics lie this far apart
+DECIMETRES = 10.0  # a metre
+
+Heights = TypeVar("Heights", Tensor, NDArray[np.float32])
+
+
+def in_metres(decimetres: Heights) -> Heights:
+    """Heights of files, samples and batches, in decimetres, to metres."""
+    return decimetres / DECIMETRES
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class Statistics:
     height_median: float
     height_scale: float
     source: str
+
+    def standardise_height(self, decimetres: Tensor) -> Tensor:
+        """Heights as the network is trained on them."""
+        return (decimetres - self.height_median) / self.height_scale
+
+    def metres(self, standardised: Tensor) -> Tensor:
+        """Heights predicted by the network in metres, clamped at 0."""
+        return in_metres(standardised * self.height_scale + self.height_median).clamp_min(0)
 
 
 PUBLISHED = Statistics(
@@ -104,6 +117,29 @@ class Batch(NamedTuple):
     no_vegetation: Tensor
     names: tuple[str, ...]
     corner: Tensor
+
+    @property
+    def tiles(self) -> list[str]:
+        """The tile of each sample."""
+        return [tile_of(name) for name in self.names]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**moved)
+
+    def nearest_images(self, margin: int) -> Tensor:
+        """Of each sample, the image whose day of year is nearest to the LiDAR's: (sample, 10, row, column), no margin."""
+        apart = (self.days - self.lidar_day[:, None]).abs().masked_fill(self.padding, 10**6)
+        cut = slice(margin, -margin or None)
+        return self.images[torch.arange(len(apart), device=apart.device), apart.argmin(1), :, cut, cut]
+
+
+def tile_of(name: str) -> str:
+    """The tile of `tile/patch`."""
+    return name.partition("/")[0]
 
 
 class CanopyPatches(Dataset[Sample]):
@@ -166,6 +202,11 @@ class CanopyPatches(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (index, epoch): a sampler yields pairs, so that workers that persist know the epoch."""
         return self.sample(*key)
+
+    @property
+    def tiles(self) -> list[str]:
+        """The tiles of the patches, each once."""
+        return sorted({tile_of(patch.name) for patch in self.patches})
 
     def any_vegetation(self) -> bool:
         """Whether some square has tall vegetation: anywhere in training, else in its central window."""

@@ -39,7 +39,7 @@ ALONE = Pool()
 
 
 def pixel_weights(no_vegetation: Tensor, weight_no_vegetation: float) -> Tensor:
-    """1 on tall vegetation, `weight_no_vegetation` where the mask is set."""
+    """Weight of each pixel: 1 on tall vegetation, `weight_no_vegetation` elsewhere."""
     return torch.ones_like(no_vegetation, dtype=torch.float32).masked_fill_(no_vegetation, weight_no_vegetation)
 
 

@@ -42,8 +42,8 @@ from scipy import ndimage, sparse, special
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from datasets.canopy_catalogue import BANDS, NODATA
-from datasets.canopy_reference import vegetation_mask
+from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SIMULATED, SQUARE_SIZE
+from datasets.canopy.reference import vegetation_mask
 from utils.errors import InputError
 
 Floats = NDArray[np.float32]
@@ -51,27 +51,24 @@ Reals = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-SIMULATED = "SIMULATED.txt"  # a file that marks a root
 SIMULATION = 3  # to be raised with every change of what is drawn: finished folders carry it in their name
 
 # Layout. Squares lie on a grid two kilometres wide, so that no patch of 1.5 km meets another.
 TILES = {"31TDL": (640, 6504), "31TEL": (740, 6512)}  # km of the first square's upper-left corner, Lambert-93
-CONTEXTS = ("training",) * 8 + ("validation",) * 2 + ("test",) * 2
-SMALL_CONTEXTS = ("training",) * 2 + ("validation", "test")
+CONTEXT_OF_SQUARE = ("training",) * 8 + ("validation",) * 2 + ("test",) * 2
+SMALL_CONTEXT_OF_SQUARE = ("training",) * 2 + ("validation", "test")
 SQUARES_PER_ROW = 5
 STEP_KM = 2
 DATES, SMALL_DATES = 20, 9
 YEAR = 2023
 LIDAR_DATES = (date(2023, 6, 13), date(2023, 7, 4))  # a tile each
-SQUARE, PATCH = 1000, 1500  # m
-BORDER = 100  # m beyond the patch, for shadows and point spread that reach into it
+SQUARE, PATCH = round(SQUARE_SIZE * PIXEL), round(PATCH_SIZE * PIXEL)  # m
+FRINGE = 100  # m beyond the patch, for shadows and point spread that reach into it
 CROP = 640  # m, the middle of a square
-SIDE = PATCH + 2 * BORDER  # m
+SIDE = PATCH + 2 * FRINGE  # m
 CELL = 2  # m, pixels of the reflectance before the sensor
 CELLS = SIDE // CELL
-PIXEL = 10  # m, of the images
-PIXELS = PATCH // PIXEL
-MARGIN = 5  # pixels around the patch that the bands of 20 m see
+COARSE_FRINGE = 5  # pixels around the patch that the bands of 20 m see
 NO_HEIGHT = -1
 
 COARSE_BANDS = np.array([3, 4, 5, 7, 8, 9])  # sensed at 20 m, the others at 10 m
@@ -304,7 +301,7 @@ def demo_root(folder: Path, seed: int = 2024, small: bool = False, processes: in
 
 def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None:
     """Write all files of the tiles under `root`."""
-    contexts = SMALL_CONTEXTS if small else CONTEXTS
+    contexts = SMALL_CONTEXT_OF_SQUARE if small else CONTEXT_OF_SQUARE
     tasks = []
     for tile in range(1 if small else len(TILES)):
         squares = [_place_square(tile, position, context, seed, small) for position, context in enumerate(contexts)]
@@ -315,7 +312,7 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
     by_tile: dict[str, list[Rows]] = {}
     for task, rows in zip(tasks, made, strict=True):
         by_tile.setdefault(task.square.tile, []).append(rows)
-    (root / SIMULATED).write_text("Tiles drawn by datasets/demo_tile.py; nothing here was measured.\n")
+    (root / SIMULATED).write_text("Tiles drawn by datasets/canopy/demo.py; nothing here was measured.\n")
     for index, (name, patches) in enumerate(by_tile.items()):
         _write_tables(root, name, patches, np.random.default_rng((seed, index, TABLE_STREAM)))
 
@@ -637,7 +634,7 @@ def _moved(values: Floats, azimuth: float, cells: int) -> Floats:
 
 def _point_spread() -> sparse.csr_array:
     """Weights of the 2 m cells in each pixel of 10 m along one axis, patch and margin: (pixel, cell)."""
-    centres = BORDER - MARGIN * PIXEL + (np.arange(PIXELS + 2 * MARGIN)[:, None] + 0.5) * PIXEL
+    centres = FRINGE - COARSE_FRINGE * PIXEL + (np.arange(PATCH_SIZE + 2 * COARSE_FRINGE)[:, None] + 0.5) * PIXEL
     return sparse.csr_array(_box_seen((np.arange(CELLS) + 0.5) * CELL - centres, PIXEL, FINE_BLUR))
 
 
@@ -646,10 +643,10 @@ def _coarse_point_spread() -> Reals:
 
     The wider blur lies on top of that of the fine bands; products bring 20 m to 10 m by interpolation.
     """
-    coarse = PIXELS // 2
+    coarse = PATCH_SIZE // 2
     centres = 2 * np.arange(coarse)[:, None] + 0.5
-    weights = _box_seen((np.arange(-MARGIN, PIXELS + MARGIN) - centres) * PIXEL, 2 * PIXEL, COARSE_BLUR)
-    place = np.clip((np.arange(PIXELS) - 0.5) / 2, 0, coarse - 1)
+    weights = _box_seen((np.arange(-COARSE_FRINGE, PATCH_SIZE + COARSE_FRINGE) - centres) * PIXEL, 2 * PIXEL, COARSE_BLUR)
+    place = np.clip((np.arange(PATCH_SIZE) - 0.5) / 2, 0, coarse - 1)
     return np.asarray(np.clip(1.0 - np.abs(place[:, None] - np.arange(coarse)), 0, None) @ weights, dtype=np.float32)
 
 
@@ -683,7 +680,7 @@ def _opacity(acquisition: Acquisition, east: Reals, north: Reals) -> Reals:
 
 def _sky(square: Square, acquisition: Acquisition) -> Sky:
     """See the tile's sky from a patch."""
-    offset = (np.arange(PIXELS) + 0.5) / 100 - (PATCH - SQUARE) / 2000
+    offset = (np.arange(PATCH_SIZE) + 0.5) / 100 - (PATCH - SQUARE) / 2000
     east, north = square.east + offset, square.north - offset
     azimuth = np.deg2rad(acquisition.sun_azimuth)
     away = CLOUD_BASE * np.tan(np.deg2rad(acquisition.sun_zenith))  # km towards the sun, where the shadow's cloud is
@@ -716,7 +713,7 @@ def _observe(surface: Reals, sky: Sky, acquisition: Acquisition, rng: np.random.
 
 
 def _make_patch(task: Task) -> Rows:
-    """Write the images, LiDAR heights and mask of a patch and give what the tables say of them."""
+    """Write the images, LiDAR heights and mask of a patch; returns its rows of the tables."""
     root, square, acquisitions = task
     rng = np.random.default_rng(square.seed)
     landscape = _draw_landscape(square.forest_share, rng)
@@ -771,7 +768,7 @@ def _surfaces(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator
         sunlit = _sample(landscape.materials * direct[:, None], spread)
         spectra = _spectra(acquisition.day)
         seen = sunlit @ (spectra * (1.0 - SHADE_LIGHT)) + everywhere @ (spectra * SHADE_LIGHT)
-        surface = seen[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
+        surface = seen[COARSE_FRINGE:-COARSE_FRINGE, COARSE_FRINGE:-COARSE_FRINGE].copy()
         surface[..., COARSE_BANDS] = np.einsum(
             "ri,ijb,cj->rcb", coarse_spread, seen[..., COARSE_BANDS], coarse_spread, optimize=True
         )
@@ -779,7 +776,7 @@ def _surfaces(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator
 
 
 def _quality(sky: Sky) -> dict[str, float]:
-    """What the table says of an image's usable pixels, percent; thin clouds go unseen, as in real masks."""
+    """The table's quality columns of an image, percent of pixels; thin clouds go undetected, as in real masks."""
     cloud, shadow = sky.cloud > DETECTED, sky.shadow > DETECTED
     shares = {
         "masked_pixels": cloud | shadow | sky.outside,
@@ -817,7 +814,9 @@ def _write_lidar(root: Path, square: Square, landscape: Landscape, rng: np.rando
     }
 
 
-def _write_raster(path: Path, bands: NDArray[Any], corner: tuple[float, float], resolution: int, nodata: int | None) -> None:
+def _write_raster(
+    path: Path, bands: NDArray[Any], corner: tuple[float, float], resolution: float, nodata: int | None
+) -> None:
     """Write bands (band, row, column) as a GeoTIFF in Lambert-93, from its upper-left corner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = bands.shape

@@ -6,6 +6,7 @@
     lidar_mask/<tile>/mask_<tile>.parquet        optional: share of tall vegetation
     lidar_mask/<tile>/<mask>.tif                 1 = no tall vegetation
     angles/<tile>.csv                            optional: sun and view angles of an image
+    SIMULATED.txt                                marks a root that was simulated
 
 A patch is named after the upper-left corner of its 1 km LiDAR square in kilometres (`0440_6740`); its images reach
 250 m further on each side. Any projected grid in metres will do, as long as a tile's files share it.
@@ -21,7 +22,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,7 @@ PATCH_SIZE = SQUARE_SIZE + 2 * BORDER
 RESOLUTIONS = (10.0, 5.0, 2.5)  # m, of the output
 CONTEXTS = ("training", "validation", "test")
 CHOICES = ("auto", "yes", "no")
+SIMULATED = "SIMULATED.txt"  # file that marks a simulated root
 
 ANGLES = ("sun_zenith", "sun_azimuth", "view_zenith", "view_azimuth")
 ANGLE_CHANNELS = 6
@@ -82,7 +84,7 @@ class Finding:
 
 
 class Raster(NamedTuple):
-    """What the layout says of a kind of file: bands, types, pixel sizes (m), and reach beyond the square (m)."""
+    """What the layout demands of a kind of file: bands, types, pixel sizes (m), and border around the square (m)."""
 
     bands: int
     dtypes: tuple[str, ...]
@@ -110,6 +112,20 @@ class Catalogue(NamedTuple):
     with_mask: bool
     crs: dict[str, CRS]
     findings: list[Finding]
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the root was simulated."""
+        return (self.root / SIMULATED).exists()
+
+    def report(self) -> list[str]:
+        """Lines for the user: the root, what was left out of it, what is in use."""
+        angles, masks = ("in use" if used else "not in use" for used in (self.with_angles, self.with_mask))
+        return [
+            f"Data: {self.root}{' (simulated)' if self.simulated else ''}",
+            *map(str, self.findings),
+            f"Sun and view angles: {angles}; masks of tall vegetation: {masks}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -147,6 +163,11 @@ class Selection(NamedTuple):
 
     patches: list[Patch]
     dropped: dict[str, int]
+
+    def __str__(self) -> str:
+        """The number of patches, and what was left out."""
+        left_out = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.items())
+        return f"{len(self.patches)}{f'; left out: {left_out}' if left_out else ''}"
 
 
 def corner_of(patch: str) -> tuple[float, float]:
@@ -308,6 +329,39 @@ def select(
         raise InputError(f"{catalogue.root} has no square of context {context!r} left to use; left out: {counts}")
     ordered = rows.sort_values(["tile", "patch", "date", "image"]).groupby(["tile", "patch"], sort=True)
     return Selection([_patch(catalogue, key, images) for key, images in ordered], dropped)
+
+
+def select_disjoint(catalogue: Catalogue, **limits: Any) -> dict[str, Selection]:
+    """Choose the patches of all contexts, so that no square is in two of them.
+
+    Overlapping tiles may hold one square in two contexts, which neither tile's table shows. Such a square stays in test
+    rather than in validation, and in either rather than in training.
+
+    Args:
+        catalogue: a checked root.
+        limits: arguments of `select`.
+
+    Returns:
+        Selections by context: test, validation, training.
+
+    Raises:
+        InputError: a context has no patch left.
+    """
+    grids = {tile: crs.to_epsg() or crs.to_wkt() for tile, crs in catalogue.crs.items()}
+    chosen: dict[str, Selection] = {}
+    taken: set[tuple[int | str, tuple[float, float]]] = set()
+    for context in reversed(CONTEXTS):
+        patches, dropped = select(catalogue, context, **limits)
+        places = [(grids[patch.tile], patch.corner) for patch in patches]
+        left = [patch for patch, place in zip(patches, places, strict=True) if place not in taken]
+        others = " or ".join(chosen)
+        if not left:
+            raise InputError(f"every square for {context} is also one for {others} in another tile")
+        if len(left) < len(patches):
+            dropped = dropped | {f"squares that another tile has for {others}": len(patches) - len(left)}
+        taken |= set(places)
+        chosen[context] = Selection(left, dropped)
+    return chosen
 
 
 def _patch(catalogue: Catalogue, key: Hashable, images: pd.DataFrame) -> Patch:

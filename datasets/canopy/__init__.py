@@ -1,0 +1,1 @@
+"""Canopy height: tiles of Sentinel-2 images and LiDAR squares, from files to batches."""

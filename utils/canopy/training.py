@@ -1,0 +1,209 @@
+"""The state of a training: network, optimiser and progress, its checkpoint, and the weights that it keeps."""
+
+import io
+import math
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import InputError
+from utils.runs import read_tensors, refuse_other_flags, versions, whole_file, write_tensors
+from utils.seeds import SHUFFLE, generator_for
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+BEST_KEPT = 2  # best validations whose weights are kept
+MODELS = Path("models")
+CHECKPOINT = Path("checkpoint.pt")
+
+
+@dataclass
+class Progress:
+    """How far a training has got; everything else follows from the seed.
+
+    Attributes:
+        step: optimiser steps done.
+        best: loss and step of the best validations, best first.
+        without_better: validations since the best.
+        validations: a record each: step, epoch, loss_train, loss_val and metrics.
+        seconds: of training, over all sessions.
+    """
+
+    step: int = 0
+    best: list[tuple[float, int]] = field(default_factory=list)
+    without_better: int = 0
+    validations: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add_validation(self, record: dict[str, float]) -> None:
+        """Record a validation after the current step and rank it by its `loss_val`; counts towards early stopping."""
+        loss = record["loss_val"]
+        self.without_better += 1
+        if not self.best or loss < self.best[0][0]:
+            self.without_better = 0
+        self.best = sorted([*self.best, (loss, self.step)])[:BEST_KEPT]
+        self.validations.append(record)
+
+
+class TrainingState:
+    """Network, optimiser and progress, resumed from the checkpoint where the working directory has one.
+
+    Args:
+        fabric: the processes.
+        module: the network.
+        optimizer: of its parameters.
+        identity: what a run must have in common with the checkpoint that it resumes from: flags and digests of data.
+        record: what users of the weights need to know.
+
+    Attributes:
+        module: the network as it was given, whose parameters are saved.
+        net: the network as the processes train it.
+    """
+
+    def __init__(
+        self,
+        fabric: "Fabric",
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        identity: Mapping[str, Any],
+        record: Mapping[str, Any],
+    ) -> None:
+        self.module, self.identity, self.record = module, identity, record
+        self.net, self.optimizer = fabric.setup(module, optimizer)
+        self.progress = Progress()
+        self.resumed = CHECKPOINT.exists()
+        if self.resumed:
+            self._resume()
+
+    def _resume(self) -> None:
+        try:
+            saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{CHECKPOINT.absolute()} is not a checkpoint that this project wrote: {reason}") from error
+        refuse_other_flags(CHECKPOINT.absolute(), saved["identity"], self.identity)
+        self.module.load_state_dict(saved["net"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.progress = Progress(**saved["progress"])
+
+    def save(self) -> None:
+        """Write the checkpoint, then remove weights that are no longer among the best."""
+        states = {"net": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        buffer = io.BytesIO()  # torch.save to a file would not say that the disk is full
+        torch.save({"identity": self.identity, "progress": asdict(self.progress), **states}, buffer)
+        with whole_file(CHECKPOINT) as beside:
+            beside.write_bytes(buffer.getbuffer())
+        kept = {weights_after(step) for _, step in self.progress.best}
+        for path in MODELS.glob("step_*.safetensors"):
+            if path not in kept:
+                path.unlink()
+
+    def write_weights(self, path: Path) -> None:
+        """Write the weights as they are, with all that is needed to use them."""
+        record = {**self.record, "step": self.progress.step, "versions": versions()}
+        write_tensors(path, self.module.state_dict(), record)
+
+    def load_best(self) -> None:
+        """Load the weights of the best validation."""
+        tensors, _ = read_tensors(weights_after(self.best_step))
+        self.module.load_state_dict(tensors)
+
+    @property
+    def best_step(self) -> int:
+        """The step of the best validation."""
+        return self.progress.best[0][1]
+
+    @property
+    def params(self) -> int:
+        """The number of the network's parameters."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def summary(self) -> dict[str, Any]:
+        """The training's entries in a document of results."""
+        progress = self.progress
+        return {
+            "params": self.params,
+            "best_step": self.best_step,
+            "steps": progress.step,
+            "seconds_train": progress.seconds,
+            "validations": progress.validations,
+        }
+
+    def finish(self) -> None:
+        """Remove the checkpoint and give the best weights their final names: nothing is left to resume."""
+        CHECKPOINT.unlink(missing_ok=True)
+        for name, (_, step) in zip(("best", "second_best"), self.progress.best, strict=False):
+            weights_after(step).replace(MODELS / f"{name}.safetensors")
+
+
+def weights_after(step: int) -> Path:
+    """Path of the weights of a validation while training goes on."""
+    return MODELS / f"step_{step:07d}.safetensors"
+
+
+def validation_due(step: int, steps_per_epoch: int, validations_per_epoch: float) -> bool:
+    """Whether to validate after this step: `validations_per_epoch` times an epoch, evenly spaced."""
+    done, before = (math.floor(s * validations_per_epoch / steps_per_epoch + 1e-9) for s in (step, step - 1))
+    return done > before
+
+
+def batches_from(
+    squares: int, first_step: int, rank: int, processes: int, *, batch_size: int, accumulate: int, epochs: int, seed: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(index, epoch) of the samples of each batch from a step on, those of one of the processes that share it.
+
+    Squares that do not fill a step are left out of the epoch.
+    """
+    per_epoch, share = squares // (batch_size * accumulate), batch_size // processes
+    for epoch in range(first_step // per_epoch, epochs):
+        order = torch.randperm(squares, generator=generator_for(seed, SHUFFLE, epoch)).tolist()
+        first = max(first_step - epoch * per_epoch, 0) * accumulate
+        for batch in range(first, per_epoch * accumulate):
+            start = batch * batch_size + rank * share
+            yield [(index, epoch) for index in order[start : start + share]]
+
+
+def what_to_lower(flags: Mapping[str, Any], images: Tensor, device: torch.device) -> str:
+    """Advice for an out-of-memory error: what did not fit, and the flags that reduce it."""
+    windows, dates, _, side, _ = images.shape
+    return (
+        f"on {device} with {windows} windows of {side} x {side} pixels and {dates} dates a process; lower "
+        f"batch_size={flags['batch_size']} (and raise accumulate={flags['accumulate']} by as much), "
+        f"max_dates={flags['max_dates']} or window={flags['window']}"
+    )
+
+
+def refuse_diverged_loss(loss: float, batches: Sequence[tuple[Sequence[str], Tensor, Tensor]], step: int) -> None:
+    """Refuse a loss that is not finite, naming the samples whose predictions are not.
+
+    Args:
+        loss: of the step, over all processes.
+        batches: of this process: names of the samples, loss, and whether each sample's predictions are finite.
+        step: number of the step.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    for names, one, finite in batches:
+        if not math.isfinite(float(one)):
+            bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine] or names
+            raise InputError(f"the loss of step {step} is not finite, at {', '.join(bad)}; a lower lr is needed")
+    raise InputError(f"the loss of step {step} is not finite in another process; a lower lr is needed")
+
+
+def refuse_diverged_heights(heights: Tensor, names: Sequence[str]) -> None:
+    """Refuse predictions of samples that are not finite.
+
+    Raises:
+        InputError: one is not.
+    """
+    if not bool(torch.isfinite(heights).all()):
+        raise InputError(f"heights of {', '.join(names)} are not finite, the training diverged; a lower lr is needed")
