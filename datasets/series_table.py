@@ -32,7 +32,7 @@ SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory", "split_by_year")
 FOLDS = 5
 NAMES_LISTED = 5  # most columns that a message lists
 LARGEST = float(np.finfo(np.float32).max)  # networks compute in single precision
-FAR_OFF = 5  # interquartile ranges beyond a band's quartiles, from where on values are told
+FAR_OFF = 5  # interquartile ranges beyond the quartiles of a band, target or covariate, from where on values are told
 PREDICTOR = re.compile(r"(.+)_(-?\d+)")  # band and step
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 NO_COLUMN = "none"
@@ -82,7 +82,9 @@ class Samples(NamedTuple):
         covariates: a column each, float64 numbers or text.
         columns: what was read from where.
         dropped: why rows were left out, with their number.
-        far_off: of each band with values far outside its others: their number, and the most distant of them.
+        missing: number of rows in which a column has no value, of those columns where there are some.
+        repeated: rows that are the same as another in all that is used, their key apart.
+        far_off: of each band, target or covariate with values far outside its others: their number, and the most distant.
     """
 
     keys: pd.DataFrame
@@ -91,6 +93,8 @@ class Samples(NamedTuple):
     covariates: pd.DataFrame
     columns: Columns
     dropped: dict[str, int]
+    missing: dict[str, int]
+    repeated: int
     far_off: dict[str, tuple[int, float]]
 
 
@@ -157,8 +161,8 @@ def read_table(path: Path) -> Table:
         raise InputError(
             f"{path} cannot be read as a {path.suffix} table, it may be truncated or empty: {reason}"
         ) from error
-    rows.columns = rows.columns.map(str)
-    name = path.name if sheet == 0 else f"{path.name}#{sheet}"
+    rows.columns = rows.columns.map(str).str.strip()
+    name = f"{path.name}#{rows.attrs['sheet']}" if "sheet" in rows.attrs else path.name
     return Table(rows, name, hashlib.sha256(path.read_bytes()).hexdigest(), simulated=False)
 
 
@@ -167,7 +171,10 @@ def _read_sheet(path: Path, sheet: str | int) -> pd.DataFrame:
     with pd.ExcelFile(path, engine="openpyxl") as workbook:
         if isinstance(sheet, str) and sheet not in workbook.sheet_names:
             raise InputError(f"{path} has no sheet {sheet!r}; it has {_listed(map(str, workbook.sheet_names))}")
-        return workbook.parse(sheet)
+        rows = workbook.parse(sheet)
+        if len(workbook.sheet_names) > 1:
+            rows.attrs["sheet"] = workbook.sheet_names[0] if sheet == 0 else sheet
+        return rows
 
 
 def _read_text(path: Path) -> pd.DataFrame:
@@ -250,21 +257,24 @@ def prepare(
     names = [*sum(columns.predictors, ()), study_var]
     numbers = {name: _numbers(table, columns, name, nodata) for name in names}
     keys: dict[str, pd.Series[Any]] = {}
-    keys["key"] = rows[columns.key] if columns.key else lines
-    keys["plot"] = rows[columns.plot] if columns.plot else lines
+    keys["key"] = _names(table, columns.key) if columns.key else lines
+    keys["plot"] = _names(table, columns.plot) if columns.plot else lines
     if columns.year:
         keys["year"] = _numbers(table, columns, columns.year, ())
         _refuse(table, columns, columns.year, keys["year"] % 1 > 0, "is not a whole year")
     if columns.region:
-        keys["region"] = rows[columns.region]
+        keys["region"] = _names(table, columns.region)
     if columns.key:
         repeated = keys["key"].astype(str).duplicated() & keys["key"].notna()
         _refuse(table, columns, columns.key, repeated, "appears more than once; a key of one row each is expected")
     further = {
-        name: _numbers(table, columns, name, nodata) if _is_numeric(rows[name]) else rows[name]
+        name: _numbers(table, columns, name, nodata) if _is_numeric(rows[name]) else _names(table, name)
         for name in columns.covariates
     }
-    chosen, dropped = _select(table, columns, pd.DataFrame(keys), pd.DataFrame({**numbers, **further}, index=rows.index))
+    values = pd.DataFrame({**numbers, **further}, index=rows.index)
+    chosen, dropped = _select(table, columns, pd.DataFrame(keys), values)
+    missing = {**pd.DataFrame(keys).isna().sum(), **values.isna().sum()}
+    repeated = pd.concat([pd.DataFrame(keys).drop(columns="key"), values], axis=1)[chosen].duplicated().sum()
     # A spreadsheet may hold some names as numbers.
     frame = pd.DataFrame(keys)[chosen].astype({name: str for name in ("plot", "region") if name in keys})
     if "year" in frame:
@@ -273,14 +283,21 @@ def prepare(
         frame = frame.astype({"key": str}).sort_values("key", kind="stable")
     grid = np.stack([[numbers[name][frame.index] for name in step] for step in columns.predictors])
     x = np.ascontiguousarray(grid.transpose(2, 0, 1)).transpose(0, 2, 1)
+    y = numbers[study_var][frame.index].to_numpy()
+    chosen_further = pd.DataFrame(further, index=rows.index).loc[frame.index].reset_index(drop=True)
+    told = {band: x[:, index] for index, band in enumerate(columns.bands)} | {study_var: y}
+    told |= {name: values.to_numpy() for name, values in chosen_further.items() if values.dtype == np.float64}
+    far_off = {name: found for name, values in told.items() if (found := _far_off(values))}
     return Samples(
         frame.reset_index(drop=True),
         x,
-        numbers[study_var][frame.index].to_numpy(),
-        pd.DataFrame(further, index=rows.index).loc[frame.index].reset_index(drop=True),
+        y,
+        chosen_further,
         columns,
         dropped,
-        {band: found for index, band in enumerate(columns.bands) if (found := _far_off(x[:, index]))},
+        {str(name): int(count) for name, count in missing.items() if count},
+        int(repeated),
+        far_off,
     )
 
 
@@ -298,7 +315,7 @@ def _role(table: Table, role: str, name: str, *, required: bool) -> str | None:
     if role == "plot":
         hint += f" and {role}_column={NO_COLUMN} takes each row as a plot of its own"
     text = [column for column in table.rows.columns if not _is_numeric(table.rows[column])]
-    there = f" (text is in {_listed(text)})" if text else ""
+    there = f" (text is in {_listed(text)})" if text else f" (its columns are {_listed(table.rows.columns)})"
     raise InputError(f"{table.name} has no column {name!r}, which tells the {role} of a row{hint}{there}")
 
 
@@ -319,7 +336,8 @@ def _find_columns(
     taken = {*roles.values(), *covariates, study_var}
     found: dict[tuple[str, int], str] = {}
     for column in rows.columns:
-        if column not in taken and (match := PREDICTOR.fullmatch(column)) and _is_numeric(rows[column]):
+        may_be = column not in taken and (_is_numeric(rows[column]) or rows[column].isna().all())
+        if may_be and (match := PREDICTOR.fullmatch(column)):
             place = (match[1], int(match[2]))
             if place in found:
                 raise InputError(f"{table.name}: the columns {found[place]!r} and {column!r} are the same band and step")
@@ -329,14 +347,28 @@ def _find_columns(
     present_steps = tuple(sorted({step for _, step in found}))
     for name in covariates:
         if name not in rows.columns:
-            raise InputError(f"{table.name} has no column {name!r}, named in covariates{_similar_column(table, name)}")
+            hint = _similar_column(table, name) or "; names with spaces are separated by commas, as in 'plot id, use'"
+            raise InputError(f"{table.name} has no column {name!r}, named in covariates{hint}")
         if name == study_var:
             raise InputError(f"covariates={name}: the study variable cannot be an input, too")
+    if rows.empty:
+        raise InputError(f"{table.name} has no rows below its column names")
     if study_var not in rows.columns or not _is_numeric(rows[study_var]):
-        is_text = "no numbers in the column" if study_var in rows.columns else "no column"
         others = [name for name in rows.columns if _is_numeric(rows[name]) and name not in {*found.values(), *taken}]
-        hint = _similar_column(table, study_var) or f"; it has {_listed(others) or 'no other numbers than the predictors'}"
-        raise InputError(f"{table.name} has {is_text} {study_var!r}, the study variable asked for{hint}")
+        beside = f"; numbers beside the predictors are in {_listed(others)}" if others else ""
+        if study_var in rows.columns:
+            raise InputError(
+                f"{table.name}, column {study_var!r}: '{rows[study_var].iloc[0]}' is no number, as the study variable is"
+                f"{beside}"
+            )
+        hint = _similar_column(table, study_var) or beside or "; it has no other numbers than the predictors"
+        raise InputError(f"{table.name} has no column {study_var!r}, the study variable asked for{hint}")
+    for flag_value, name in ((f"study_var={study_var}", study_var), *((f"covariates={name}", name) for name in covariates)):
+        match = PREDICTOR.fullmatch(name)
+        if match and match[1] in present:
+            raise InputError(
+                f"{flag_value}: it is one of the predictors, of the band {match[1]!r}; a column beside them is expected"
+            )
     if not found:
         raise InputError(
             f"{table.name} has no predictors: numbers in columns <band>_<step>, such as B02_1, are expected; it has the "
@@ -409,6 +441,21 @@ def _numbers(table: Table, columns: Columns, name: str, nodata: Sequence[float])
     return numbers.mask(numbers.isin(nodata))
 
 
+def _names(table: Table, column: str) -> "pd.Series[Any]":
+    """A column of names, without blanks around them.
+
+    Raises:
+        InputError: two names differ in capitals alone, which would make one plot, or category, two.
+    """
+    names = table.rows[column].map(lambda name: name.strip() if isinstance(name, str) else name)
+    seen: dict[str, str] = {}
+    for name in names[names.notna()].astype(str).unique():
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise InputError(f"{table.name}, column {column!r}: {other!r} and {name!r} differ in capitals alone")
+    return names
+
+
 def _refuse(table: Table, columns: Columns, name: str, wrong: "pd.Series[bool]", why: str) -> None:
     """Name the first wrong value and its place.
 
@@ -449,7 +496,7 @@ def _select(
 
 
 def _far_off(values: NDArray[np.float64]) -> tuple[int, float] | None:
-    """Number of a band's values over `FAR_OFF` interquartile ranges beyond its quartiles, and the most distant of them.
+    """Number of values over `FAR_OFF` interquartile ranges beyond the quartiles, and the most distant of them.
 
     Quartiles are of the different values, so that one that stands for missing, however frequent, does not move them.
     """
@@ -461,7 +508,7 @@ def _far_off(values: NDArray[np.float64]) -> tuple[int, float] | None:
 
 def _similar_column(table: Table, name: str) -> str:
     """End of a sentence on a column that is absent: the one that was probably meant, if any."""
-    alike = [column for column in table.rows.columns if column.strip().casefold() == name.strip().casefold()]
+    alike = [column for column in table.rows.columns if column.casefold() == name.strip().casefold() and column != name]
     return f"; there is {alike[0]!r}, which differs in spaces or capitals" if alike else ""
 
 
@@ -472,10 +519,21 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(every[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def _as_ranges(steps: Sequence[int]) -> str:
+    """Ascending whole numbers as "0 to 3, 5, 7 to 9"."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def describe(table: Table, samples: Samples) -> str:
     """One line on what was read: rows, bands, steps, target, plots, years, regions, what was dropped and ignored."""
     columns, keys = samples.columns, samples.keys
-    steps = f"{len(columns.steps)} step{'s' * (len(columns.steps) > 1)} ({columns.steps[0]} to {columns.steps[-1]})"
+    steps = f"{len(columns.steps)} step{'s' * (len(columns.steps) > 1)} ({_as_ranges(columns.steps)})"
     parts = [
         f"{table.name}, {len(samples.y)} rows used",
         f"{len(columns.bands)} band{'s' * (len(columns.bands) > 1)} ({_listed(columns.bands)}) x {steps}",
@@ -489,7 +547,11 @@ def describe(table: Table, samples: Samples) -> str:
             for name, values in samples.covariates.items()
         ]
         parts.append(f"covariates {', '.join(kinds)}")
-    parts.append("dropped: " + ", ".join(f"{reason} ({count})" for reason, count in samples.dropped.items()))
+    dropped = [f"{reason} ({count})" for reason, count in samples.dropped.items()]
+    if samples.missing:
+        most = sorted(samples.missing.items(), key=lambda item: -item[1])
+        dropped[0] += f" in {_listed(f'{name} {count}' for name, count in most)}"
+    parts.append(f"dropped: {', '.join(dropped)}")
     ignored = f"{len(columns.ignored)} ({_listed(columns.ignored)})" if columns.ignored else "none"
     return ", ".join(parts) + f", ignored columns: {ignored}"
 
@@ -499,23 +561,30 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
 
     `split_by_plot` is a GroupKFold over the plots; `split_by_observatory` tests on each region in turn, in order of first
     appearance, and `split_by_year` on each year. The validation part is a fifth of the training plots,
-    drawn from the seed. No plot is on two sides of a fold, but for training and test by year: there the same plots are
+    drawn from the seed. No plot is on two sides of a fold, except in training and test by year: there the same plots are
     met again in another year.
 
     Raises:
-        InputError: too few plots, regions or years, or a fold that cannot train or be tested.
+        InputError: too few plots, regions or years, a plot in two regions, or a fold that cannot train or be tested.
     """
     plots = samples.keys["plot"].to_numpy()
     ids = np.arange(len(plots), dtype=np.int64)
     if procedure == "split_by_plot":
         if len(np.unique(plots)) < folds:
-            raise InputError(f"plots in the table: {len(np.unique(plots))}; split_by_plot needs at least {folds}")
+            raise InputError(
+                f"plots in the table: {len(np.unique(plots))}; split_by_plot with folds={folds} needs at least {folds}"
+            )
         outer = list(GroupKFold(folds).split(ids, groups=plots))
     else:
         role = "year" if procedure == "split_by_year" else "region"
         if role not in samples.keys:
             raise InputError(f"{procedure} needs to know the {role} of a row, {role}_column=... names its column")
         groups = samples.keys[role].to_numpy()
+        regions = samples.keys.groupby("plot")[role].nunique()
+        if role == "region" and regions.max() > 1:
+            raise InputError(
+                f"plot {regions.idxmax()!r} lies in {regions.max()} regions; {procedure} would train and test on it"
+            )
         names = sorted(set(groups)) if role == "year" else list(dict.fromkeys(groups))
         if len(names) < 2:
             raise InputError(f"the table has one {role} ({names[0]}); {procedure} needs at least 2")
@@ -534,7 +603,9 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
                 f"{len(np.unique(targets))}; a varying target is needed"
             )
         if len(test) < 3:
-            raise InputError(f"fold {number}: test rows: {len(test)}; 3 are needed, the r2 of fewer says nothing")
+            raise InputError(
+                f"fold {number}: test rows: {len(test)}; 3 are needed, the r2 of fewer says nothing; fewer folds may help"
+            )
         result.append(fold)
     return result
 
@@ -567,7 +638,7 @@ def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
         "study_variable": samples.columns.target,
         "predictor_mean": scaler.mean_.tolist(),
         "predictor_sd": scaler.scale_.tolist(),
-        "predictor_order": "bands fastest within a step",
+        "predictor_order": "bands fastest within a step, covariates after them",
         "value_range": {
             band: [float(training[:, index].min()), float(training[:, index].max())]
             for index, band in enumerate(samples.columns.bands)

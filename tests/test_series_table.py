@@ -126,7 +126,7 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
     [
         (lambda rows: rows.drop(columns="nirb_4"), r"10 bands .* x 16 steps has holes, no column 'nirb_4'; bands="),
         (lambda rows: rows.rename(columns={"ep": "plot"}), r"no column 'ep', which tells the plot .*plot_column=none takes"),
-        (lambda rows: rows.rename(columns={"red_3": " Red_3"}), "no column ' Red_0', .*; there is 'red_0', which differs"),
+        (lambda rows: rows.rename(columns={"red_3": " Red_3"}), "no column 'Red_0', .*; there is 'red_0', which differs"),
         (lambda rows: rows.drop(columns=PREDICTORS[:7]), r"steps has holes, no column 'blue_0', .*'nirb_0' and 2 more; "),
         (lambda rows: rows.drop(columns=PREDICTORS), r"has no predictors: numbers in columns <band>_<step>, such as B02_1"),
         (lambda rows: rows.assign(red_03=1.0), "the columns 'red_3' and 'red_03' are the same band and step"),
@@ -249,7 +249,7 @@ def test_predictors_are_discovered_in_any_order() -> None:
     # Nothing is dropped for a plot's name in a table that is not the published one.
     assert samples.dropped == {"missing value": 0} and "AEG07" in set(samples.keys["plot"])
     assert describe(table, samples) == (
-        "own.csv, 40 rows used, 2 bands (B02, B8A) x 3 steps (1 to 10), target biomass_g_m2, 20 plots, no years, "
+        "own.csv, 40 rows used, 2 bands (B02, B8A) x 3 steps (1 to 2, 10), target biomass_g_m2, 20 plots, no years, "
         "no regions, dropped: missing value (0), ignored columns: 2 (note, height)"
     )
 
@@ -261,6 +261,48 @@ def test_band_names_with_underscores_and_other_numbered_columns() -> None:
     assert samples.columns.bands == ("S2_B02", "VV") and samples.columns.steps == (-1, 0, 7)
     assert set(samples.columns.ignored) == {"note", "height", "biomass_2019", "remark_1"}
     assert prepare(table._replace(rows=rows), "biomass_2019", plot_column="site").y[0] == 3.0
+
+
+def test_blanks_around_names_make_no_plots_of_their_own() -> None:
+    table = own_table()
+    table.rows.loc[3, "site"] += " "
+    table.rows["use"] = ["hay", " hay"] * 20
+    samples = prepare_own(table, covariates=["use"])
+    assert samples.keys["plot"].nunique() == 20 and samples.covariates["use"].unique().tolist() == ["hay"]
+    table.rows.loc[3, "site"] = "aeg03"
+    with pytest.raises(InputError, match=r"column 'site': '\w+' and '\w+' differ in capitals alone"):
+        prepare_own(table)
+
+
+def test_a_series_does_not_get_shorter_without_a_word() -> None:
+    table = own_table(bands=("ndvi",), steps=(0, 1, 2))
+    for flags in ({"covariates": ["ndvi_1"]}, {}):
+        with pytest.raises(InputError, match=r"=ndvi_1: it is one of the predictors, of the band 'ndvi'"):
+            prepare(table, "biomass_g_m2" if flags else "ndvi_1", plot_column="site", **flags)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"no complete row .*; nothing is in its column 'ndvi_1'"):
+        prepare_own(table._replace(rows=table.rows.assign(ndvi_1=np.nan)))
+
+
+def test_rows_twice_and_missing_values_are_told() -> None:
+    table = own_table()
+    rows = pd.concat([table.rows, table.rows.head(2)], ignore_index=True)
+    rows.loc[5:7, "B02_1"] = np.nan
+    samples = prepare_own(table._replace(rows=rows))
+    assert samples.repeated == 2 and "missing value (3) in B02_1 3," in describe(table, samples)
+
+
+def test_a_plot_in_two_regions_is_refused(demo: Table) -> None:
+    rows = demo.rows.copy()
+    rows.loc[0, "explo"] = "SCH"
+    samples = prepare(with_rows(demo, rows), "Shannon")
+    with pytest.raises(InputError, match="plot 'AEG01' lies in 2 regions; split_by_observatory would train and test on it"):
+        split(samples, "split_by_observatory", 42)
+
+
+def test_a_table_without_rows() -> None:
+    table = own_table()
+    with pytest.raises(InputError, match=r"own\.csv has no rows below its column names"):
+        prepare_own(table._replace(rows=table.rows.head(0)))
 
 
 def test_a_part_of_the_bands_and_steps_may_be_chosen() -> None:
@@ -296,9 +338,9 @@ def test_columns_that_are_not_there_are_named(options: dict[str, object], said: 
 
 
 def test_an_unknown_study_variable_is_answered_with_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no column 'Shannon', the study .*; it has biomass_g_m2, height$"):
+    with pytest.raises(InputError, match=r"no column 'Shannon', the study .*; numbers .* are in biomass_g_m2, height$"):
         prepare(own_table(), "Shannon", plot_column="site")
-    with pytest.raises(InputError, match="no numbers in the column 'note', the study variable"):
+    with pytest.raises(InputError, match="column 'note': 'seen' is no number, as the study variable is; numbers beside"):
         prepare(own_table(), "note", plot_column="site")
 
 
@@ -306,10 +348,11 @@ def test_nodata_is_missing_and_values_far_off_are_told() -> None:
     table = own_table()
     rows = table.rows
     rows.loc[:14, "B02_2"] = -9999.0
-    rows.loc[20, "biomass_g_m2"] = -1.0
-    told = prepare_own(table)
-    assert told.far_off == {"B02": (15, -9999.0)} and len(told.y) == 40
-    samples = prepare_own(table, nodata=[-9999.0, -1.0])
+    rows.loc[20, "biomass_g_m2"] = -9999.0
+    rows["slope"] = [*range(39), -9999]
+    told = prepare_own(table, covariates=["slope"])
+    assert told.far_off == {"B02": (15, -9999.0), "biomass_g_m2": (1, -9999.0), "slope": (1, -9999.0)} and len(told.y) == 40
+    samples = prepare_own(table, nodata=[-9999.0])
     assert samples.dropped == {"missing value": 16} and samples.far_off == {} and samples.x.min() >= 0
 
 
@@ -349,7 +392,7 @@ def test_folds_by_year_and_of_another_number(demo: Table) -> None:
 
 def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     few = demo.rows[demo.rows["ep"].isin(["AEG01", "AEG02", "HEG01"])]
-    with pytest.raises(InputError, match=f"plots in the table: 3; split_by_plot needs at least {FOLDS}"):
+    with pytest.raises(InputError, match=f"plots in the table: 3; split_by_plot with folds={FOLDS} needs at least {FOLDS}"):
         split(prepare(with_rows(demo, few), "Shannon"), "split_by_plot", 42)
     one = demo.rows[demo.rows["explo"] == "ALB"]
     with pytest.raises(InputError, match=r"one region \(ALB\); split_by_observatory needs at least 2"):
@@ -362,10 +405,10 @@ def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     tiny = demo.rows.drop_duplicates("ep").head(12)
     with pytest.raises(InputError, match="fold 1: test rows: 2; 3 are needed"):
         split(prepare(with_rows(demo, tiny), "Shannon"), "split_by_plot", 42)
-    with pytest.raises(InputError, match=r"no column 'Simpson', .*; it has SpecRichness, Shannon$"):
+    with pytest.raises(InputError, match=r"no column 'Simpson', .*; numbers beside the .* in SpecRichness, Shannon$"):
         prepare(with_rows(demo, demo.rows.drop(columns="Simpson")), "Simpson")
-    with pytest.raises(InputError, match=r"no column 'Simpson', .*; there is 'simpson '"):
-        prepare(with_rows(demo, demo.rows.rename(columns={"Simpson": "simpson "})), "Simpson")
+    with pytest.raises(InputError, match=r"no column 'Simpson', .*; there is 'simpson'"):
+        prepare(with_rows(demo, demo.rows.rename(columns={"Simpson": "simpson"})), "Simpson")
 
 
 def test_predictor_columns_run_bands_fastest(demo: Table) -> None:
