@@ -139,7 +139,7 @@ def main() -> None:
     changed = parser.changed(flags, ("loss", "encoder", "upsampling", "angles", "preset", "precision", "lr", "epochs"))
     lines = resolve_auto_flags(flags, device)
     margin = make_network(flags, len(BANDS)).margin  # refuses flags that do not fit before anything is loaded
-    if not training.CHECKPOINT.exists() and finished_before(without_runtime_flags(flags)):
+    if finished_before(without_runtime_flags(flags)):
         return
     if flags["devices"] * flags["num_nodes"] > 1 and flags["encoder"] == "unet":
         raise InputError("encoder=unet runs in one process: its batch norm would see only a part of the batch in several")

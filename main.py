@@ -1,14 +1,15 @@
 """Operation main: k-fold training and test of one architecture on a table of satellite time series.
 
-Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. Folds and ensemble members train as stacks of
-networks, one stack a core; a run that was interrupted goes on from its last checkpoint.
+Reproduces Dieste et al., "ResNeTS", IEEE JSTARS 2024. Networks, one a fold and ensemble member, train side by side, one a
+core; a run that was interrupted goes on from its last checkpoint.
 """
 
 import hashlib
+import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torchinfo
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,8 +26,6 @@ from datasets.series_table import (
     FAR_OFF,
     FOLDS,
     SPLIT_PROCEDURES,
-    Samples,
-    Split,
     Table,
     channels,
     demo_table,
@@ -35,13 +35,14 @@ from datasets.series_table import (
     split,
     standardise,
 )
-from models import ESTIMATORS, NETWORKS, make_stack, own_flags
+from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags, settings_of
 from utils import figures
 from utils.errors import InputError
 from utils.flags import (
     FlagParser,
     assignment,
     auto_or,
+    auto_yes_no,
     names_in,
     numbers_of,
     one_of,
@@ -49,12 +50,9 @@ from utils.flags import (
     real_list,
     step_ranges,
     whole,
-    whole_list,
     yes_no,
 )
-from utils.fold_processes import FoldProcesses, fold_processes
 from utils.metrics import Scores, score
-from utils.network_summary import summarise
 from utils.recipes import OPTIMIZER_FLAGS, flags_in_use, recipe_for
 from utils.runs import (
     CHECKPOINT,
@@ -66,32 +64,41 @@ from utils.runs import (
     finished_before,
     keep_freed_memory,
     project_folder,
-    read_tensors,
+    read_checkpoint,
     refuse_other_flags,
     run_or_explain,
     say,
     say_where_results_are,
     versions,
     whole_file,
+    write_checkpoint,
     write_json,
     write_tensors,
 )
-from utils.seeds import ESTIMATOR_MEMBERS, generator_for
-from utils.stacked_layers import Conv, Stack
-from utils.stacked_training import (
-    Advance,
+from utils.seeds import ESTIMATOR_MEMBERS, seed_for
+from utils.training import (
     FoldData,
-    FoldState,
-    StackTraining,
-    Tensors,
-    member_states,
-    patience_of,
+    Segment,
+    Training,
+    TrainingState,
+    initial_state,
     predict,
+    refuse_divergence,
+    weights_of,
 )
+from utils.training_processes import TrainingProcesses, training_processes
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
-HARDLY = 0.01  # of the observations' spread: predictions of less tell the plots apart no more
-SECONDS_BETWEEN_LOOKS = 0.2  # at the folds in training, for the progress bar
+MIN_PREDICTION_STD_RATIO = 0.01  # of the observations' standard deviation: less tells the plots apart no more
+SECONDS_BETWEEN_LOOKS = 0.2  # at the networks in training, for the progress bar
+
+CLASSICAL_IDLE = {
+    "batch_size",
+    "epochs",
+    "warmup_epochs",
+    "precision",
+    "scale_target",
+}  # flags without effect on a classical model
 
 parser = FlagParser(prog="main.py", description=__doc__)
 parser.flag("bands", str, "all", "bands to use, separated by spaces or commas, or all")
@@ -100,7 +107,6 @@ parser.flag("beta1", auto_or(real(0, 1, below=True)), "auto", "decay of the grad
 parser.flag(
     "beta2", auto_or(real(0, 1, below=True)), "auto", "decay of the squared gradient's mean; auto: as published, 0.999"
 )
-parser.flag("bottleneck_factor", whole(1), 4, "InceptionTime: channels into a bottleneck over channels out of it")
 parser.flag(
     "covariates", str, "none", "further columns, numbers or text, given to every model; spaces or commas between, or none"
 )
@@ -120,7 +126,6 @@ parser.flag(
 )
 parser.flag("folds", whole(2), FOLDS, "folds of split_by_plot")
 parser.flag("key_column", str, published_grassland.KEY, "column of a unique name of each row; may be absent")
-parser.flag("kernel_size", whole(1), 5, "ResNet18T: time steps that a convolution sees, odd")
 parser.flag(
     "lr",
     auto_or(real(0)),
@@ -129,27 +134,26 @@ parser.flag(
 )
 parser.flag("model", one_of(*NETWORKS, *ESTIMATORS), "ResNet18T", f"architecture: {', '.join([*NETWORKS, *ESTIMATORS])}")
 parser.flag("nodata", real_list, "none", "numbers that stand for missing values, separated by spaces or commas, or none")
-parser.flag("num_blocks_per_stage", whole_list(4), "1 1 1 1", "ResNet18T: blocks of each of the 4 stages")
-parser.flag("num_channels", whole_list(4), "64 64 64 64", "ResNet18T: channels of each of the 4 stages")
-parser.flag("num_filters", whole(1), 64, "InceptionTime: channels of each branch of a module")
-parser.flag("num_kernels", whole(1), 15000, "Rocket: number of random kernels")
 parser.flag(
     "original_training", yes_no, "no", "ResNet18T, InceptionTime: yes/no, train as in their own papers, not as in ResNeTS"
 )
 parser.flag("plot_column", str, published_grassland.PLOT, "column that tells plots apart, or none: each row is a plot")
-parser.flag("precision", one_of("32", "bf16"), "32", "32 or bf16, number format of the convolutions' products")
+parser.flag("precision", one_of("32", "bf16"), "32", "32 or bf16: PyTorch's autocast, weights and losses in float32")
 parser.flag("region_column", str, published_grassland.REGION, "column of the observatory or region; may be absent")
+parser.flag(
+    "scale_target",
+    auto_yes_no,
+    "auto",
+    "auto/yes/no, networks learn the target standardised by training rows; auto: but in the published table, as published",
+)
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
-parser.flag("shortcut_pooling", yes_no, "yes", "ResNet18T: yes/no, strided shortcuts average steps instead of skipping them")
 parser.flag(
     "split_procedure",
     one_of(*SPLIT_PROCEDURES),
     SPLIT_PROCEDURES[0],
     f"a test fold holds whole plots, one observatory (region) or one year: {', '.join(SPLIT_PROCEDURES)}",
 )
-parser.flag("stem_channels", whole(1), 96, "ResNet18T: channels out of the stem")
 parser.flag("steps", step_ranges, "all", 'time steps to use, as in "3-20" or "0 2 5-9", or all')
-parser.flag("strides", whole_list(4), "1 1 2 1", "ResNet18T: stride, in time steps, of each of the 4 stages")
 parser.flag(
     "study_var",
     str,
@@ -166,65 +170,68 @@ parser.flag(
 )
 parser.flag("year_column", str, published_grassland.YEAR, "column of the year; may be absent")
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
+for name, declared in model_flags().items():
+    parser.flag(name, declared.type, declared.default, declared.help)
 
 
 @dataclass
-class FoldProgress:
-    """How far a fold in training has got.
+class FoldRecord:
+    """A fold from its first epoch to its test.
 
     Attributes:
-        state: at its last stop.
-        best: `weights` and `statistics` of the members at the best validation, empty before the first.
+        number: from 1.
+        members: of the ensemble, at their last common stop.
+        best: weights and buffers of the members at the best validation; empty before the first.
         best_loss: the validation loss then.
         best_epoch: the training epoch then.
-        validations_without_best: since then.
-        seconds: the fold's share of the time so far.
-        history: a record an epoch, as in `Advance`.
-    """
-
-    state: FoldState
-    best: Tensors = field(default_factory=Tensors)
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    validations_without_best: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def go_on(self, advance: Advance, warmup_epochs: int) -> None:
-        """Take in an advance; members that validate better than ever are kept."""
-        self.state = advance.state
-        self.history += advance.records
-        loss = advance.records[-1].get("loss_val")
-        if loss is None:
-            return
-        self.validations_without_best += 1
-        if loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, advance.state.epoch - warmup_epochs
-            self.validations_without_best = 0
-            self.best = Tensors({name: advance.state.tensors[name].clone() for name in ("weights", "statistics")})
-
-
-@dataclass
-class Result:
-    """What a finished fold leaves.
-
-    Attributes:
-        number: of the fold, from 1.
-        predictions: (member, test row) float32.
-        seconds_train: the fold's share of warm-up, training, validation and saving.
+        last_epoch: training epochs done.
+        validations_without_best: since the best.
+        seconds_train: of all members together, one after the other, validation included.
         seconds_test: of predicting the test rows.
-        best_epoch: training epoch whose networks were kept.
-        last_epoch: training epoch after which the fold stopped.
-        history: a record an epoch, as in `Advance`.
+        history: a record an epoch: epoch (from 1, warm-up included), loss_train, lr and, where validated, loss_val.
+        predictions: (member, test row) float32 once the fold is finished.
     """
 
     number: int
-    predictions: torch.Tensor
-    seconds_train: float
-    seconds_test: float
+    members: list[TrainingState] = field(default_factory=list)
+    best: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    best_loss: float = math.inf
     best_epoch: int = 0
     last_epoch: int = 0
+    validations_without_best: int = 0
+    seconds_train: float = 0.0
+    seconds_test: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    predictions: torch.Tensor | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done, warm-up included."""
+        return int(self.history[-1]["epoch"]) if self.history else 0
+
+    def update(self, segments: Sequence[Segment], validation_y: torch.Tensor, warmup_epochs: int) -> None:
+        """Update from a training segment of each member; members that validate better than ever are kept.
+
+        Raises:
+            InputError: the validation loss is not finite.
+        """
+        self.members = [segment.state for segment in segments]
+        self.last_epoch = max(0, self.members[0].epoch - warmup_epochs)
+        self.seconds_train += sum(segment.seconds for segment in segments)
+        for records in zip(*(segment.records for segment in segments), strict=True):
+            self.history.append({**records[0], "loss_train": float(np.mean([one["loss_train"] for one in records]))})
+        predictions = [segment.validation for segment in segments if segment.validation is not None]
+        if not predictions:
+            return
+        loss = float((torch.stack(predictions).mean(0) - validation_y).abs().mean())
+        if not math.isfinite(loss):
+            refuse_divergence(self.number, "validation", self.epoch)
+        self.history[-1]["loss_val"] = loss
+        self.members = [member._replace(validation_loss=loss) for member in self.members]
+        self.validations_without_best += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch, self.validations_without_best = loss, self.last_epoch, 0
+            self.best = weights_of(self.members)
 
 
 def main() -> None:
@@ -233,38 +240,25 @@ def main() -> None:
     device = choose_device(flags.pop("device"))
     given = dict(flags)
     resolve_auto_flags(flags)
+    told = {**given, "dataset": Path(given["dataset"]).name}
+    changed = parser.changed(
+        told, ("dataset", "covariates", "split_procedure", "ensemble_count", "precision", "lr", "epochs")
+    )
+    add_to_label(f"{flags['model']} ", f" seed {flags['seed']}", changed)
     if finished_before(flags):
         return
-    changed = parser.changed(given, ("ensemble_count", "precision", "lr", "epochs"))
-    add_to_label(f"{flags['model']} ", f" seed {flags['seed']}", changed)
     keep_freed_memory()
     if flags["model"] in ESTIMATORS and flags["ensemble_count"] > 1 and not ESTIMATORS[flags["model"]].has_random_part:
         raise InputError(
             f"ensemble_count={flags['ensemble_count']}: {flags['model']} has no random part, only 1 makes sense"
         )
 
-    table = load_table(flags["dataset"])
-    samples = prepare(
-        table,
-        flags["study_var"],
-        **{name: flags[name] for name in ("plot_column", "year_column", "region_column", "key_column")},
-        covariates=names_in(flags["covariates"], "none"),
-        bands=names_in(flags["bands"], "all"),
-        steps=numbers_of(flags["steps"]),
-        nodata=[float(number) for number in names_in(flags["nodata"], "none")],
-    )
-    splits = split(samples, flags["split_procedure"], flags["seed"], flags["folds"])
-    run = Run(flags, table, samples, splits, device)
+    run = Run(flags, load_table(flags["dataset"]), device)
     report_data(run)
-
-    idle = flags_without_effect(run, given)
-    if idle:
-        say(f"Without effect on {flags['model']}: {', '.join(idle)}")
-    if flags["folds"] != FOLDS and flags["split_procedure"] != SPLIT_PROCEDURES[0]:
-        say(f"Without effect on {flags['split_procedure']}: {assignment('folds', flags['folds'])}")
+    report_flags_without_effect(given)
     if flags["model"] in NETWORKS:
-        networks = len(splits) * flags["ensemble_count"]
-        advice = f"on {device} with {networks} networks at once; lower ensemble_count, batch_size or the network's width"
+        networks = len(run.splits) * flags["ensemble_count"]
+        advice = f"on {device} with {networks} networks; lower ensemble_count, batch_size or the network's width"
         with explaining_out_of_memory(advice):
             train_networks(run)
     else:
@@ -275,19 +269,18 @@ def main() -> None:
     say_where_results_are(["predictions.csv", *pictures])
 
 
-def flags_without_effect(run: "Run", flags: dict[str, Any]) -> list[str]:
-    """Given flags that are not at their defaults and that the model does not read, as a user types them."""
+def report_flags_without_effect(flags: dict[str, Any]) -> None:
+    """Name given flags that are not at their defaults and that the run does not read."""
     model, defaults = flags["model"], parser.parse_flags([])
-    readers = {**NETWORKS, **ESTIMATORS}
-    of_some_model = {name for reader in readers.values() for name in own_flags(reader, flags)}
-    idle = (of_some_model | {*OPTIMIZER_FLAGS, "original_training"}) - own_flags(readers[model], flags).keys() - {"seed"}
-    if model in NETWORKS:
-        idle -= flags_in_use(model, flags)
-        if not any(isinstance(layer, Conv) for layer in run.stack(1).modules()):
-            idle.add("precision")
-    else:
-        idle |= {"batch_size", "epochs", "warmup_epochs", "precision"}
-    return [assignment(name, flags[name]) for name in sorted(idle) if flags[name] != defaults[name]]
+    architectures: dict[str, type] = {**NETWORKS, **ESTIMATORS}
+    idle = {name for architecture in architectures.values() for name in settings_of(architecture)}
+    idle = (idle | {*OPTIMIZER_FLAGS, "original_training"}) - settings_of(architectures[model]).keys()
+    idle = idle - flags_in_use(model, flags) if model in NETWORKS else idle | CLASSICAL_IDLE
+    told = [assignment(name, flags[name]) for name in sorted(idle) if flags[name] != defaults[name]]
+    if told:
+        say(f"Without effect on {model}: {', '.join(told)}")
+    if flags["folds"] != FOLDS and flags["split_procedure"] != SPLIT_PROCEDURES[0]:
+        say(f"Without effect on {flags['split_procedure']}: {assignment('folds', flags['folds'])}")
 
 
 def resolve_auto_flags(flags: dict[str, Any]) -> None:
@@ -317,124 +310,105 @@ def load_table(dataset: str) -> Table:
 
 
 class Run:
-    """One run: its flags and data, the folds' results so far, and where it has got to.
+    """One run: its flags and data, its folds, and where it has got to.
 
-    Lines go to standard output with `[*]`, scalars to TensorBoard, state to the checkpoint, all in the
-    working directory.
+    Lines go to standard output with `[*]`, scalars to TensorBoard, state to the checkpoint, all in the working directory.
     """
 
-    def __init__(
-        self, flags: dict[str, Any], table: Table, samples: Samples, splits: list[Split], device: torch.device
-    ) -> None:
-        self.flags, self.table, self.samples, self.splits, self.device = flags, table, samples, splits, device
-        self.results: dict[int, Result] = {}
-        self.progress: dict[int, FoldProgress] = {}
-        self.counts = {"network_epochs": 0.0, "network_seconds": 0.0}
-        self.shares: dict[int, float] = {}
+    def __init__(self, flags: dict[str, Any], table: Table, device: torch.device) -> None:
+        self.flags, self.table, self.device = flags, table, device
+        self.samples = prepare(
+            table,
+            flags["study_var"],
+            **{name: flags[name] for name in ("plot_column", "year_column", "region_column", "key_column")},
+            covariates=names_in(flags["covariates"], "none"),
+            bands=names_in(flags["bands"], "all"),
+            steps=numbers_of(flags["steps"]),
+            nodata=[float(number) for number in names_in(flags["nodata"], "none")],
+        )
+        self.splits = split(self.samples, flags["split_procedure"], flags["seed"], flags["folds"])
+        self.inputs = [standardise(self.samples, fold.train) for fold in self.splits]
+        self.channels = len(self.samples.columns.bands) + self.inputs[0].covariates.shape[1]
+        scaled = flags["scale_target"] == "yes"
+        if flags["scale_target"] == "auto":
+            scaled = not published_grassland.is_published(table.rows.columns)
+        # Offset and factor from what a network predicts to the target's unit, of each fold.
+        self.target_scales = [(0.0, 1.0)] * len(self.splits)
+        if scaled and flags["model"] in NETWORKS:
+            parts = [self.samples.y[fold.train] for fold in self.splits]
+            self.target_scales = [(float(part.mean()), float(part.std())) for part in parts]
+        if flags["model"] in NETWORKS:
+            self.network()  # refuses flags that do not fit the table before anything is written
+        self.folds = [FoldRecord(number) for number in range(1, len(self.splits) + 1)]
+        self.throughput = {"network_epochs": 0.0, "seconds": 0.0}
+        self.segments: dict[tuple[int, int], Segment | None] = {}  # by fold and member; None while it is in training
         self.note = " (simulated)" if table.simulated else ""
         self.size: dict[str, float] = {"params": -1}
         self.saved_at, self.unsaved = time.perf_counter(), False
-        self.inputs = [standardise(samples, fold.train) for fold in splits]
-        self.channels = len(samples.columns.bands) + self.inputs[0].covariates.shape[1]
-        if flags["model"] in NETWORKS:
-            self.stack(1)  # refuses flags that do not fit the table before anything is written
         # Folds depend on scikit-learn's version, too.
-        folds = hashlib.sha256(b"".join(ids.tobytes() for fold in splits for ids in fold)).hexdigest()
-        self.identity = {"table_sha256": table.sha256, **flags, "folds_sha256": folds}
+        folds = hashlib.sha256(b"".join(ids.tobytes() for fold in self.splits for ids in fold)).hexdigest()
+        # As JSON has it, without tuples, for comparison with what metrics.json and the checkpoint say.
+        self.identity = json.loads(json.dumps({"table_sha256": table.sha256, **flags, "folds_sha256": folds}))
         if Path(CHECKPOINT).exists():
             self._continue(Path(CHECKPOINT))
         self.events = SummaryWriter(str(Path.cwd()), purge_step=self.epochs_done() + 1)
         self.events.add_text("table", table.name)
-        for number, history in self.histories().items():
-            self.log_losses(number, [record for record in history if record["epoch"] > self.epochs_done()])
+        for fold in self.folds:
+            self.log(fold, [record for record in fold.history if record["epoch"] > self.epochs_done()])
 
     def _continue(self, path: Path) -> None:
-        tensors, record = read_tensors(path)
-        if "progress" not in record:
-            raise InputError(f"{path.absolute()} is of an earlier version of this project; without it the run starts anew")
-        refuse_other_flags(path.absolute(), record["identity"], self.identity)
+        document = read_checkpoint(path)
+        refuse_other_flags(path.absolute(), document["identity"], self.identity)
+        self.folds = [
+            FoldRecord(**{**fold, "members": [TrainingState(**member) for member in fold["members"]]})
+            for fold in document["folds"]
+        ]
+        self.throughput = document["throughput"]
+        finished = len(self.folds) - len(self.unfinished())
+        say(f"Resuming after epoch {self.epochs_done()}, {finished} of {len(self.folds)} folds finished")
 
-        def named(prefix: str) -> Tensors:
-            return Tensors({k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)})
+    def network(self, seed: int = 0) -> torch.nn.Module:
+        """A network of the run's architecture, for its bands, covariates and steps, weights drawn from the seed."""
+        return make_network(self.flags["model"], self.channels, len(self.samples.columns.steps), self.flags, seed)
 
-        for entry in record["results"]:
-            self.results[entry["number"]] = Result(**entry, predictions=tensors[f"fold_{entry['number']}.predictions"])
-        for entry in record["progress"]:
-            number = entry["state"]["number"]
-            state = FoldState(**entry.pop("state"), tensors=named(f"fold_{number}.state."))
-            self.progress[number] = FoldProgress(state, named(f"fold_{number}.best."), **entry)
-        self.counts = record["counts"]
-        say(f"Resuming after epoch {self.epochs_done()}, {len(self.results)} of {len(self.splits)} folds finished")
-
-    def histories(self) -> dict[int, list[dict[str, float]]]:
-        """The records of every fold, finished or not."""
-        folds: dict[int, Result | FoldProgress] = {**self.results, **self.progress}
-        return {number: folds[number].history for number in sorted(folds)}
+    def unfinished(self) -> list[FoldRecord]:
+        """The folds that are not tested yet."""
+        return [fold for fold in self.folds if fold.predictions is None]
 
     def epochs_done(self) -> int:
         """Epochs that every fold has done that has not stopped before, warm-up included."""
-        if self.progress:
-            return min(fold.state.epoch for fold in self.progress.values())
-        return max((int(history[-1]["epoch"]) for history in self.histories().values() if history), default=0)
+        return min((fold.epoch for fold in self.unfinished()), default=max(fold.epoch for fold in self.folds))
 
-    def log_losses(self, number: int, records: Iterable[dict[str, float]]) -> None:
+    def log(self, fold: FoldRecord, records: Sequence[dict[str, float]]) -> None:
         """Write a fold's records to TensorBoard."""
         for record in records:
             for name in record.keys() - {"epoch"}:
-                self.events.add_scalar(f"{name}/fold_{number}", record[name], int(record["epoch"]))
+                self.events.add_scalar(f"{name}/fold_{fold.number}", record[name], int(record["epoch"]))
 
-    def stack(self, networks: int) -> Stack:
-        """Networks of the run's architecture, for its bands, covariates and steps."""
-        return make_stack(self.flags["model"], networks, self.channels, len(self.samples.columns.steps), self.flags)
-
-    def finish(self, result: Result, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep a finished fold: its weights in `models/`, its result for the checkpoint and the figures."""
+    def finish(self, fold: FoldRecord, predictions: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep what a finished fold predicts for its test rows, and its weights in `models/`."""
         record = {
             "project": "vegetation from Sentinel-2 time series, operation main",
             "flags": self.flags,
-            "fold": result.number,
-            **self.inputs[result.number - 1].record,
+            "fold": fold.number,
+            **self.inputs[fold.number - 1].record,
+            "target_offset_and_factor": self.target_scales[fold.number - 1],
             "table": self.table.name,
             "table_sha256": self.table.sha256,
             "simulated": self.table.simulated,
             "versions": versions(),
         }
-        write_tensors(Path("models") / f"fold_{result.number}.safetensors", tensors, record)
-        self.results[result.number] = result
-        self.progress.pop(result.number, None)
+        write_tensors(Path("models") / f"fold_{fold.number}.safetensors", tensors, record)
+        fold.predictions, fold.members, fold.best = predictions, [], []
         self.saved_at, self.unsaved = -math.inf, True  # due at once
-
-    def share_time(self, seconds: float, numbers: Sequence[int]) -> None:
-        """Count the seconds towards the folds that were training, to be theirs once that training is taken in."""
-        for number in numbers:
-            self.shares[number] = self.shares.get(number, 0.0) + seconds / len(numbers)
 
     def save_if_due(self) -> None:
         """Write the checkpoint if there is something new and the last one is old."""
         if self.unsaved and time.perf_counter() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS:
-            self.save()
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        tensors = {f"fold_{number}.predictions": result.predictions for number, result in self.results.items()}
-        progress = []
-        for number, fold in self.progress.items():
-            for part, named in (("state", fold.state.tensors), ("best", fold.best)):
-                tensors |= {f"fold_{number}.{part}.{name}": tensor for name, tensor in named.items()}
-            state = {key: value for key, value in fold.state._asdict().items() if key != "tensors"}
-            progress.append({**vars(fold), "state": state})
-            del progress[-1]["best"]
-        record: dict[str, Any] = {
-            "identity": self.identity,
-            "counts": self.counts,
-            "results": [
-                {key: value for key, value in vars(result).items() if key != "predictions"}
-                for result in self.results.values()
-            ],
-            "progress": progress,
-        }
-        write_tensors(Path(CHECKPOINT), tensors, record)
-        self.saved_at, self.unsaved = time.perf_counter(), False
+            folds = [{**vars(fold), "members": [member._asdict() for member in fold.members]} for fold in self.folds]
+            document = {"identity": self.identity, "throughput": self.throughput, "folds": folds}
+            write_checkpoint(Path(CHECKPOINT), document)
+            self.saved_at, self.unsaved = time.perf_counter(), False
 
 
 def report_data(run: Run) -> None:
@@ -443,29 +417,25 @@ def report_data(run: Run) -> None:
     far_off = [f"{band} {count} (such as {value:g})" for band, (count, value) in run.samples.far_off.items()]
     if far_off:
         say(
-            f"Values more than {FAR_OFF} interquartile ranges beyond the quartiles of their band: {', '.join(far_off)}; "
-            f"they are used as they are, nodata=... takes a number as missing"
+            f"Values more than {FAR_OFF} interquartile ranges beyond their band's or column's quartiles: "
+            f"{', '.join(far_off)}; they are used as they are, nodata=... takes a number as missing"
         )
+    if run.samples.repeated:
+        say(f"Rows that repeat another in all that is used: {run.samples.repeated}")
+    by = {"split_by_year": "year", "split_by_observatory": "region"}.get(run.flags["split_procedure"])
     for number, fold in enumerate(run.splits, start=1):
+        tested = f" (tests {run.samples.keys[by].iloc[fold.test[0]]})" if by else ""
         say(
-            f"Fold {number}/{len(run.splits)} rows: train {len(fold.train)}, validation {len(fold.validation)}, "
+            f"Fold {number}/{len(run.splits)} rows{tested}: train {len(fold.train)}, validation {len(fold.validation)}, "
             f"test {len(fold.test)}"
         )
 
 
 def train_networks(run: Run) -> None:
     """Train every fold until its own stop; finished folds are tested at once."""
-    flags, members = run.flags, run.flags["ensemble_count"]
-    folds = []
-    for number, ids in enumerate(run.splits, start=1):
-        x = torch.from_numpy(channels(run.inputs[number - 1]))
-        y = torch.from_numpy(run.samples.y.astype(np.float32))
-        train, validation = torch.from_numpy(ids.train), torch.from_numpy(ids.validation)
-        folds.append(FoldData(x[train], y[train], x[validation], y[validation]))
-    training = StackTraining(
-        run.stack(len(folds) * members),
-        folds,
-        members,
+    flags = run.flags
+    training = Training(
+        run.network,
         recipe_for(flags["model"], flags),
         flags["batch_size"],
         flags["epochs"],
@@ -474,67 +444,104 @@ def train_networks(run: Run) -> None:
         flags["precision"],
         run.device,
     )
-    report_size(run, training)
+    report_size(run)
     if flags["precision"] == "bf16" and run.device.type == "cpu" and not fast_bf16(run.device):
         say("precision=bf16: this processor has no bfloat16 products (avx512_bf16 or amx_bf16), expect a slower run")
-
-    if not run.progress:
-        if run.results:
-            return
-        run.progress = {number: FoldProgress(training.initial_state(number)) for number in range(1, len(folds) + 1)}
-    with fold_processes(training, [fold.state for fold in run.progress.values()]) as processes:
+    y = torch.from_numpy(run.samples.y.astype(np.float32))
+    data = {}
+    for fold, ids, inputs in zip(run.folds, run.splits, run.inputs, strict=True):
+        x = torch.from_numpy(channels(inputs))
+        offset, factor = run.target_scales[fold.number - 1]
+        parts = (x[ids.train], (y[ids.train] - offset) / factor, x[ids.validation], y[ids.validation])
+        data[fold.number] = FoldData(*(part.to(run.device) for part in parts))
+        if fold in run.unfinished() and not fold.members:
+            fold.members = [initial_state(training, fold.number, member) for member in range(flags["ensemble_count"])]
+    states = [member for fold in run.unfinished() for member in fold.members]
+    if not states:
+        return
+    with training_processes(training, data, states) as processes:
         warmup = flags["warmup_epochs"]
-        train_phase(run, training, processes, 0, warmup, "Warming up the model...")
-        train_phase(run, training, processes, warmup, warmup + flags["epochs"], "Training the model...")
+        train_phase(run, training, processes, data, 0, warmup, "Warming up the model...")
+        train_phase(run, training, processes, data, warmup, warmup + flags["epochs"], "Training the model...")
     run.save_if_due()
 
 
-def train_phase(run: Run, training: StackTraining, processes: FoldProcesses, start: int, end: int, description: str) -> None:
+def train_phase(
+    run: Run,
+    training: Training,
+    processes: TrainingProcesses,
+    data: Mapping[int, FoldData],
+    start: int,
+    end: int,
+    description: str,
+) -> None:
     """Train, and show it from `start` epochs done, until every fold has done `end` epochs or stopped before."""
     reported = run.epochs_done()
     clock = time.perf_counter()
     with tqdm(total=end - start, initial=max(0, min(reported, end) - start), desc=description, unit="epoch") as bar:
-        while run.progress and reported < end:
-            processes.keep_busy([fold.state for fold in run.progress.values()])
+        while run.unfinished() and reported < end:
+            keep_busy(run, processes)
             run.save_if_due()
-            busy = processes.in_training()
-            advances = processes.collect(SECONDS_BETWEEN_LOOKS)
+            for segment in processes.collect(SECONDS_BETWEEN_LOOKS):
+                run.segments[segment.state.fold, segment.state.member] = segment
+                run.throughput["network_epochs"] += len(segment.records)
+            for fold in run.unfinished():
+                update_fold(run, training, fold, data[fold.number].validation_y.cpu())
             now = time.perf_counter()
-            run.share_time(now - clock, busy)
+            run.throughput["seconds"] += now - clock
             clock = now
-            for advance in advances:
-                take_in(run, advance)
             while reported < min(end, run.epochs_done()):
                 reported = training.next_stop(reported)
                 report_losses(run, reported, training.is_validated(reported))
-            done = min((processes.epochs_done[number] for number in run.progress), default=reported)
-            bar.set_postfix(folds=len(run.progress), refresh=False)
-            bar.update(min(done, end) - start - bar.n)
+            done = min((processes.epochs_done[fold.number] for fold in run.unfinished()), default=reported)
+            bar.set_postfix(folds=len(run.unfinished()), refresh=False)
+            bar.update(max(0, min(done, end) - start - bar.n))
 
 
-def take_in(run: Run, advance: Advance) -> None:
-    """Record a fold's advance; finish the fold if it stops here."""
-    number, (warmup, epochs) = advance.state.number, (run.flags["warmup_epochs"], run.flags["epochs"])
-    fold = run.progress[number]
-    fold.go_on(advance, warmup)
-    run.log_losses(number, advance.records)
-    share = run.shares.pop(number)
-    fold.seconds += share
-    run.counts["network_seconds"] += share
-    run.counts["network_epochs"] += len(advance.records) * run.flags["ensemble_count"]
+def keep_busy(run: Run, processes: TrainingProcesses) -> None:
+    """Give every free process a network of those that wait, of a fold furthest behind."""
+    waiting = [
+        member
+        for fold in sorted(run.unfinished(), key=lambda fold: fold.epoch)
+        for member in fold.members
+        if (fold.number, member.member) not in run.segments
+    ]
+    for state in waiting[: processes.free]:
+        run.segments[state.fold, state.member] = None
+        processes.submit(state)
+
+
+def update_fold(run: Run, training: Training, fold: FoldRecord, validation_y: torch.Tensor) -> None:
+    """Once a segment of each member has arrived, update the fold with them, and finish it if it stops here."""
+    segments = [run.segments.get((fold.number, member.member)) for member in fold.members]
+    arrived = [segment for segment in segments if segment is not None]
+    if len(arrived) < len(segments):
+        return
+    for member in fold.members:
+        del run.segments[fold.number, member.member]
+    before = len(fold.history)
+    scaled = [in_target_unit(segment, *run.target_scales[fold.number - 1]) for segment in arrived]
+    fold.update(scaled, validation_y, training.warmup_epochs)
+    run.log(fold, fold.history[before:])
     run.unsaved = True
-    epoch = advance.state.epoch - warmup
-    if epoch == epochs or fold.validations_without_best >= patience_of(epochs):
-        if epoch < epochs:
-            say(f"Fold {number}/{len(run.splits)}: Early stopping at epoch {epoch}")
-        finish_fold(run, fold)
+    if fold.last_epoch == training.epochs or fold.validations_without_best >= training.patience:
+        if fold.last_epoch < training.epochs:
+            say(f"Fold {fold.number}/{len(run.folds)}: Early stopping at epoch {fold.last_epoch}")
+        test_fold(run, training, fold)
+
+
+def in_target_unit(segment: Segment, offset: float, factor: float) -> Segment:
+    """A segment with its losses and predictions in the unit of the target."""
+    records = [{**record, "loss_train": record["loss_train"] * factor} for record in segment.records]
+    validation = None if segment.validation is None else segment.validation * factor + offset
+    return segment._replace(records=records, validation=validation)
 
 
 def report_losses(run: Run, epochs_done: int, validated: bool) -> None:
     """Print the means over folds of their losses at an epoch; a fold that stopped before keeps its last ones."""
 
     def mean(name: str) -> float:
-        known = [[r for r in history if r["epoch"] <= epochs_done and name in r] for history in run.histories().values()]
+        known = [[r for r in fold.history if r["epoch"] <= epochs_done and name in r] for fold in run.folds]
         return float(np.mean([records[-1][name] for records in known]))
 
     warmup = run.flags["warmup_epochs"]
@@ -547,72 +554,77 @@ def report_losses(run: Run, epochs_done: int, validated: bool) -> None:
         say(f"Val loss: {mean('loss_val'):.4f}{run.note}")
 
 
-def finish_fold(run: Run, fold: FoldProgress) -> None:
+def test_fold(run: Run, training: Training, fold: FoldRecord) -> None:
     """Test a fold's best ensemble and keep it."""
-    flags, number = run.flags, fold.state.number
     started = time.perf_counter()
-    stack = run.stack(flags["ensemble_count"]).to(run.device)
-    best = {name: tensor.to(run.device) for name, tensor in fold.best.items()}
-    states = member_states(stack, **best)
-    x = channels(run.inputs[number - 1])
-    test = torch.from_numpy(x[run.splits[number - 1].test]).to(run.device)
-    predictions = predict(stack, test).cpu()
-    last_epoch = fold.state.epoch - flags["warmup_epochs"]
-    seconds_test = time.perf_counter() - started
-    result = Result(number, predictions, fold.seconds, seconds_test, fold.best_epoch, last_epoch, fold.history)
-    weights = {f"member_{m}.{name}": tensor for m, state in enumerate(states, 1) for name, tensor in state.items()}
-    run.finish(result, weights)
+    test = torch.from_numpy(channels(run.inputs[fold.number - 1])[run.splits[fold.number - 1].test]).to(run.device)
+    predictions = []
+    for weights in fold.best:
+        network = run.network().to(run.device)
+        network.load_state_dict(weights)
+        offset, factor = run.target_scales[fold.number - 1]
+        predictions.append(predict(network, test, training) * factor + offset)
+    fold.seconds_test = time.perf_counter() - started
+    named = {f"member_{m}.{name}": tensor for m, state in enumerate(fold.best, 1) for name, tensor in state.items()}
+    run.finish(fold, torch.stack(predictions), named)
 
 
-def report_size(run: Run, training: StackTraining) -> None:
+def report_size(run: Run) -> None:
     """Print the cost of one network for one sample."""
-    summary = summarise(training.stack, run.channels, len(run.samples.columns.steps))
-    run.size = {"params": summary.params, "madds": summary.multiply_adds / 1e6, "memory": summary.megabytes}
-    print("\n".join(summary.lines))
-    print(f"Total params: {summary.params}")
-    print(f"Total mult-adds (M): {summary.multiply_adds / 1e6:.2f}")
-    print(f"Estimated Total Size (MB): {summary.megabytes:.2f}")
+    shape = (1, run.channels, len(run.samples.columns.steps))
+    size = torchinfo.summary(
+        run.network(), input_size=shape, verbose=0, col_names=("output_size", "num_params", "mult_adds")
+    )
+    run.size = {
+        "params": size.trainable_params,
+        "madds": size.total_mult_adds / 1e6,
+        "memory": (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6,
+    }
+    print(str(size).split("Total params")[0].rstrip("=\n"))
+    print(f"Total params: {run.size['params']}")
+    print(f"Total mult-adds (M): {run.size['madds']:.2f}")
+    print(f"Estimated Total Size (MB): {run.size['memory']:.2f}")
 
 
 def fit_estimators(run: Run) -> None:
     """Fit a classical model on each fold in turn."""
     estimator_class = ESTIMATORS[run.flags["model"]]
     print("Total params: -1")
-    todo = [number for number in range(1, len(run.splits) + 1) if number not in run.results]
-    members = run.flags["ensemble_count"]
-    with tqdm(total=len(run.splits) * members, initial=len(run.results) * members, desc="Fitting the model...") as bar:
-        for number in todo:
-            fold = run.splits[number - 1]
-            inputs, y = run.inputs[number - 1], run.samples.y.astype(np.float32)
-            rows = np.concatenate([fold.train, fold.validation]) if estimator_class.fits_validation_rows else fold.train
-            predictions, seconds_train, seconds_test = [], 0.0, 0.0
+    members, y = run.flags["ensemble_count"], run.samples.y.astype(np.float32)
+    done = (len(run.folds) - len(run.unfinished())) * members
+    with tqdm(total=len(run.folds) * members, initial=done, desc="Fitting the model...") as bar:
+        for fold in run.unfinished():
+            ids, inputs = run.splits[fold.number - 1], run.inputs[fold.number - 1]
+            rows = np.concatenate([ids.train, ids.validation]) if estimator_class.fits_validation_rows else ids.train
+            predictions = []
             tensors: dict[str, torch.Tensor] = {}
             for member in range(1, members + 1):
                 seed = run.flags["seed"]
                 if member > 1:
-                    seed = generator_for(seed, ESTIMATOR_MEMBERS, member).initial_seed() % 2**32
+                    seed = seed_for(seed, ESTIMATOR_MEMBERS, member) % 2**32
                 started = time.perf_counter()
-                estimator = estimator_class(**{**own_flags(estimator_class, run.flags), "seed": seed})
+                estimator = estimator_class(seed=seed, **own_flags(estimator_class, run.flags))
                 estimator.fit(inputs.x[rows], inputs.covariates[rows], y[rows])
                 fitted = time.perf_counter()
-                predicted = estimator.predict(inputs.x[fold.test], inputs.covariates[fold.test])
-                predictions.append(predicted.astype(np.float32))
-                seconds_train += fitted - started
-                seconds_test += time.perf_counter() - fitted
+                predicted = estimator.predict(inputs.x[ids.test], inputs.covariates[ids.test])
+                predictions.append(torch.from_numpy(predicted.astype(np.float32)))
+                fold.seconds_train += fitted - started
+                fold.seconds_test += time.perf_counter() - fitted
                 tensors |= {f"member_{member}.{k}": torch.from_numpy(v.copy()) for k, v in estimator.tensors().items()}
                 bar.update()
-            run.counts["network_epochs"] += members
-            run.counts["network_seconds"] += seconds_train
-            run.finish(Result(number, torch.from_numpy(np.stack(predictions)), seconds_train, seconds_test), tensors)
-            run.save()
+            run.throughput["network_epochs"] += members
+            run.throughput["seconds"] += fold.seconds_train
+            run.finish(fold, torch.stack(predictions), tensors)
+            run.save_if_due()
 
 
 def report_results(run: Run) -> None:
     """Compute the figures from the folds' predictions, print them and write the run's files."""
     samples = run.samples
-    results = [run.results[number] for number in sorted(run.results)]
+    results = run.folds
     tables, scores = [], []
     for result in results:
+        assert result.predictions is not None
         test = run.splits[result.number - 1].test
         members = result.predictions.numpy().astype(np.float64)
         predicted = members.mean(0)
@@ -621,10 +633,11 @@ def report_results(run: Run) -> None:
             say(f"Fold {result.number}/{len(results)}: all test observations are the same, r2 is undefined")
         elif np.ptp(predicted) == 0:
             say(f"Fold {result.number}/{len(results)}: all predictions are the same, r2 is undefined and counted as 0")
-        elif predicted.std() < HARDLY * samples.y[test].std():
+        elif predicted.std() < MIN_PREDICTION_STD_RATIO * samples.y[test].std():
             say(
                 f"Fold {result.number}/{len(results)}: predictions hardly differ, sd {predicted.std():.2g} against "
-                f"{samples.y[test].std():.2g} of the observations; r2 and RMSEU say little, a lower lr may help"
+                f"{samples.y[test].std():.2g} of the observations; r2 and RMSEU say little; more epochs or another lr may "
+                f"help"
             )
         tables.append(
             samples.keys.iloc[test].assign(
@@ -651,13 +664,13 @@ def report_results(run: Run) -> None:
         summary[f"time_{name}_mean"], summary[f"time_{name}_std"] = float(seconds.mean()), float(seconds.std())
         say(f"{label} time mean: {seconds.mean():.2f} s")
         say(f"{label} time std: {seconds.std():.2f} s")
-    summary["throughput"] = run.counts["network_epochs"] / max(run.counts["network_seconds"], 1e-9)
+    summary["throughput"] = run.throughput["network_epochs"] / max(run.throughput["seconds"], 1e-9)
     say(f"Throughput: {summary['throughput']:.2f} epochs/s of one network")
     write_results(run, results, scores, summary, pd.concat(tables, ignore_index=True))
 
 
 def write_results(
-    run: Run, results: Sequence[Result], scores: Sequence[Scores], summary: dict[str, float], predictions: pd.DataFrame
+    run: Run, results: Sequence[FoldRecord], scores: Sequence[Scores], summary: dict[str, float], predictions: pd.DataFrame
 ) -> None:
     """Write predictions.csv, metrics.json, the pictures and the last TensorBoard entries."""
     flags = run.flags

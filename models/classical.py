@@ -126,13 +126,16 @@ class Rocket:
     classification using random convolutional kernels", Data Mining and Knowledge Discovery
     34, 2020. The parts of sktime's RocketRegressor (series normalised, features scaled,
     ridge penalty by leave-one-out), held here one by one so that they can be saved.
+
+    Args:
+        num_kernels: number of random kernels.
     """
 
     has_random_part = True
     fits_validation_rows = False
     KERNEL_ARRAYS = ("weights", "lengths", "biases", "dilations", "paddings", "channel_counts", "channels")
 
-    def __init__(self, seed: int, num_kernels: int) -> None:
+    def __init__(self, seed: int, num_kernels: int = 15000) -> None:
         import numba  # imported here: these take seconds
         from sktime.transformations.rocket import Rocket as RocketTransform
 

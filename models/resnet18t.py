@@ -1,91 +1,73 @@
 """ResNet18T (ResNeTS): the residual network for Sentinel-2 time series.
 
-Dieste et al., "ResNeTS: a ResNet for Time Series Analysis of Sentinel-2 Data
-Applied to Grassland Plant-Biodiversity Prediction", IEEE JSTARS 2024,
-doi 10.1109/JSTARS.2024.3454271: the basic blocks of He et al., "Deep residual
-learning for image recognition", CVPR 2016, along the time axis, with the average
-pooling in the shortcut of "Bag of tricks" (He et al., CVPR 2019).
+Dieste et al., "ResNeTS: a ResNet for Time Series Analysis of Sentinel-2 Data Applied to Grassland Plant-Biodiversity
+Prediction", IEEE JSTARS 2024, doi 10.1109/JSTARS.2024.3454271: the basic blocks of He et al., "Deep residual learning for
+image recognition", CVPR 2016, along the time axis, with the average pooling in the shortcut of "Bag of tricks" (He et al.,
+CVPR 2019).
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.stacked_layers import (
-    BatchNorm,
-    Conv,
-    Linear,
-    Stack,
-    average_steps,
-    initialise_layers,
-    kaiming_normal_fan_out,
-    uniform_fan_in,
-)
+
+
+def conv_norm(channels_in: int, channels_out: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """Convolution along the steps and batch norm."""
+    padding = (0, kernel_size // 2)
+    conv = nn.Conv2d(channels_in, channels_out, (1, kernel_size), (1, stride), padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out))
 
 
 class BasicBlock(nn.Module):
     """Two convolutions beside a shortcut; ReLU after the sum."""
 
-    def __init__(
-        self,
-        networks: int,
-        channels_in: int,
-        channels_out: int,
-        kernel_size: int,
-        stride: int,
-        shortcut_pooling: bool,
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int, stride: int, shortcut_pooling: bool) -> None:
         super().__init__()
-        self.pooling = stride if shortcut_pooling else 1
-        self.shortcut: Conv | None = None
+        shortcut: list[nn.Module] = []
+        if shortcut_pooling and stride > 1:
+            # The last window may hold fewer steps than the stride: their own mean.
+            shortcut.append(nn.AvgPool2d((1, stride), ceil_mode=True))
         if channels_in != channels_out or stride > 1:
-            shortcut_stride = 1 if shortcut_pooling else stride
-            self.shortcut = Conv(networks, channels_in, channels_out, 1, shortcut_stride)
-            self.shortcut_norm = BatchNorm(networks, channels_out)
-        padding = (kernel_size // 2, kernel_size // 2)
-        self.conv1 = Conv(networks, channels_in, channels_out, kernel_size, stride, padding)
-        self.norm1 = BatchNorm(networks, channels_out)
-        self.conv2 = Conv(networks, channels_out, channels_out, kernel_size, 1, padding)
-        self.norm2 = BatchNorm(networks, channels_out)
+            shortcut.append(conv_norm(channels_in, channels_out, 1, 1 if shortcut_pooling else stride))
+        self.shortcut = nn.Sequential(*shortcut)
+        self.conv1 = conv_norm(channels_in, channels_out, kernel_size, stride)
+        self.conv2 = conv_norm(channels_out, channels_out, kernel_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(network, step, sample, channel in) to (network, step / stride, sample, channel out)."""
-        y = self.norm1(self.conv1(x), mask, relu=True)
-        y = self.norm2(self.conv2(y), mask)
-        if self.shortcut is not None:
-            x = self.shortcut_norm(self.shortcut(average_steps(x, self.pooling)), mask)
-        return (y + x).relu()
+    def forward(self, x: Tensor) -> Tensor:
+        """(sample, channel in, 1, step) to (sample, channel out, 1, step / stride)."""
+        y = self.conv1(x).relu()
+        return (self.conv2(y) + self.shortcut(x)).relu()
 
 
-class ResNet18T(Stack):
+class ResNet18T(nn.Module):
     """A 1x1 stem, stages of basic blocks, mean over the steps, linear.
 
+    Kaiming-normal convolutions (fan out), PyTorch's own linear.
+
     Args:
-        num_blocks_per_stage: blocks of each stage.
-        num_channels: channels of each stage.
-        strides: stride of each stage, in the first convolution of its first block.
-        kernel_size: steps a convolution sees; odd.
+        num_blocks_per_stage: blocks of each of the 4 stages.
+        num_channels: channels of each of the 4 stages.
+        strides: stride, in time steps, of each of the 4 stages, in the first convolution of its first block.
+        kernel_size: time steps that a convolution sees, odd.
         stem_channels: channels out of the stem.
-        shortcut_pooling: shortcuts average over the stride instead of skipping steps.
+        shortcut_pooling: yes/no, strided shortcuts average steps instead of skipping them.
 
     Raises:
-        InputError: the kernel cannot be centred or is longer than any stage's padded series.
+        InputError: the kernel cannot be centred or is longer than any padded series, or a stride than the series.
     """
 
     def __init__(
         self,
-        networks: int,
         bands: int,
         steps: int,
         *,
-        num_blocks_per_stage: Sequence[int],
-        num_channels: Sequence[int],
-        strides: Sequence[int],
-        kernel_size: int,
-        stem_channels: int,
-        shortcut_pooling: bool,
+        num_blocks_per_stage: tuple[int, ...] = (1, 1, 1, 1),
+        num_channels: tuple[int, ...] = (64, 64, 64, 64),
+        strides: tuple[int, ...] = (1, 1, 2, 1),
+        kernel_size: int = 5,
+        stem_channels: int = 96,
+        shortcut_pooling: bool = True,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size > 2 * steps - 1:
@@ -93,8 +75,7 @@ class ResNet18T(Stack):
                 f"kernel_size={kernel_size} does not fit: an odd number from 1 to {2 * steps - 1} is expected "
                 f"for series of {steps} steps"
             )
-        self.stem = Conv(networks, bands, stem_channels, 1)
-        self.stem_norm = BatchNorm(networks, stem_channels)
+        self.stem = conv_norm(bands, stem_channels, 1)
         blocks = []
         channels_in = stem_channels
         for count, channels, stride in zip(num_blocks_per_stage, num_channels, strides, strict=True):
@@ -105,20 +86,18 @@ class ResNet18T(Stack):
                 )
             steps = -(-steps // stride)
             for index in range(count):
-                blocks.append(
-                    BasicBlock(networks, channels_in, channels, kernel_size, stride if index == 0 else 1, shortcut_pooling)
-                )
+                first_stride = stride if index == 0 else 1
+                blocks.append(BasicBlock(channels_in, channels, kernel_size, first_stride, shortcut_pooling))
                 channels_in = channels
-        self.blocks = nn.ModuleList(blocks)
-        self.head = Linear(networks, channels_in, 1)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels_in, 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
-    def initialise(self, generators: Sequence[torch.Generator]) -> None:
-        """Kaiming-normal (fan-out) convolutions, PyTorch's own linear."""
-        initialise_layers(self, generators, conv=kaiming_normal_fan_out, linear=uniform_fan_in, zero_bias=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(network, step, sample, band) to (network, sample)."""
-        x = self.stem_norm(self.stem(x), mask, relu=True)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(x.mean(1)).squeeze(2)
+    def forward(self, x: Tensor) -> Tensor:
+        """(sample, band, step) to (sample,)."""
+        # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
+        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        x = self.blocks(self.stem(x).relu())
+        return self.head(x.mean((2, 3))).squeeze(1)

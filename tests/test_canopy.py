@@ -293,7 +293,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(
     for content in (b"", b"no checkpoint"):
         (tmp_path / CHECKPOINT).write_bytes(content)
         done = run_canopy(*SHORT, *tiles)
-        assert done.returncode == 2 and "checkpoint.pt is not a checkpoint that this project wrote" in done.stderr
+        assert done.returncode == 2 and "checkpoint.pt is damaged or of an earlier version of this project" in done.stderr
 
 
 NAME_THREADS_AT_EXIT = """

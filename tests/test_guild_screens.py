@@ -23,7 +23,7 @@ from conftest import PROJECT, environment
 
 GUILD = str(Path(sys.executable).parent / "guild")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-LABEL = "MLP SpecRichness seed 7 epochs 2"
+LABEL = "MLP SpecRichness seed 7 dataset demo epochs 2"
 # Colours, cursor movements and character sets.
 ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\([0B]|[=>])|\r")
 

@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEFAULTS, golden
+from torch import nn
 
-from models import ESTIMATORS, NETWORKS, make_stack
+from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags
 from models.classical import GaussianProcess, Ridge, Rocket
 from utils.errors import InputError
-from utils.seeds import INITIAL_WEIGHTS, generator_for
-from utils.stacked_layers import (
-    Conv,
-    Stack,
-    load_network_state,
-    network_state,
-    set_dropout_generators,
-    set_product_dtype,
-)
 
 CASES = golden("biodiversity_models")["models"]
 FILL = {
@@ -30,53 +22,37 @@ FILL = {
 }
 
 
-def golden_stack(case: dict[str, Any]) -> Stack:
-    """A stack of two networks in float64: the first random, the second filled as the golden file says."""
-    stack = make_stack(case["model"], 2, 10, 16, DEFAULTS | case["flags"]).double()
-    stack.initialise([torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)])
-    state = {}
-    names = list(network_state(stack, 0))
-    for name, (_, shape, kind, seed) in zip(names, case["state"], strict=True):
-        state[name] = torch.from_numpy(FILL[kind](np.random.RandomState(seed).standard_normal(shape)))
-    load_network_state(stack, 1, state)
-    return stack
+def golden_network(case: dict[str, Any]) -> nn.Module:
+    """A network in float64, filled as the golden file says, by the order of its state."""
+    network = make_network(case["model"], 10, 16, DEFAULTS | case["flags"]).double()
+    state = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    for (name, tensor), (_, shape, kind, seed) in zip(state.items(), case["state"], strict=True):
+        values = torch.from_numpy(FILL[kind](np.random.RandomState(seed).standard_normal(shape)))
+        # The golden convolutions are along the steps alone, the Transformer's first map is a convolution of one step.
+        assert [size for size in tensor.shape if size > 1] == [size for size in shape if size > 1], name
+        state[name] = values.view(tensor.shape)
+    network.load_state_dict(state, strict=False)
+    return network
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['model']} {case['flags'] or ''}".strip())
 def test_golden_outputs_and_gradients(case: dict[str, Any]) -> None:
-    stack = golden_stack(case)
-    x = torch.from_numpy(np.random.RandomState(7).standard_normal((4, 10, 16)).transpose(2, 0, 1).copy())
-    both = x.expand(2, *x.shape).contiguous()
-    assert sum(p[1].numel() for p in stack.parameters()) == case["trainable_parameters"]
-    # The golden Transformer's positions were rounded to float32.
+    network = golden_network(case)
+    x = torch.from_numpy(np.random.RandomState(7).standard_normal((4, 10, 16)))
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == case["trainable_parameters"]
+    # The golden Transformer's positions were rounded to float32, as ours are.
     tolerance = 1e-7 if case["model"] == "Transformer" else 1e-9
-    np.testing.assert_allclose(stack.eval()(both)[1].tolist(), case["eval_output"], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(network.eval()(x).tolist(), case["eval_output"], rtol=tolerance, atol=tolerance)
     if "train_output" not in case:
         return
-    predicted = stack.train()(both)[1]
+    predicted = network.train()(x)
     target = torch.from_numpy(np.random.RandomState(8).standard_normal((4, 1))).squeeze(1)
     loss = (predicted - target).abs().mean()
     loss.backward()
     np.testing.assert_allclose(predicted.tolist(), case["train_output"], rtol=1e-9, atol=1e-9)
     assert loss.item() == pytest.approx(case["train_l1_loss"], rel=1e-9)
-    norm = sum(float((p.grad[1] ** 2).sum()) for p in stack.parameters() if p.grad is not None) ** 0.5
+    norm = sum(float((p.grad**2).sum()) for p in network.parameters() if p.grad is not None) ** 0.5
     assert norm == pytest.approx(case["train_gradient_l2_norm"], rel=1e-9)
-
-
-@pytest.mark.parametrize("model", NETWORKS)
-def test_only_convolutions_see_bfloat16(model: str) -> None:
-    """What several layers read is float32, for their gradients are summed in its format."""
-    stack = make_stack(model, 2, 10, 16, DEFAULTS)
-    stack.initialise([torch.Generator().manual_seed(n) for n in range(2)])
-    set_dropout_generators(stack, [torch.Generator().manual_seed(n) for n in range(2)])
-    set_product_dtype(stack, torch.bfloat16)
-    read = []
-    for layer in stack.modules():
-        if isinstance(layer, Conv):
-            layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].dtype))
-    predicted = stack(torch.randn(2, 16, 4, 10))
-    assert predicted.dtype == torch.float32 and set(read) <= {torch.float32}
-    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(predicted.sum(), list(stack.parameters())))
 
 
 def test_published_parameter_counts() -> None:
@@ -91,45 +67,35 @@ def test_published_parameter_counts() -> None:
     }
     assert published.keys() == NETWORKS.keys()
     for model, count in published.items():
-        assert sum(p[0].numel() for p in make_stack(model, 1, 10, 16, DEFAULTS).parameters()) == count
+        assert sum(p.numel() for p in make_network(model, 10, 16, {}).parameters()) == count
 
 
 @pytest.mark.parametrize("model", NETWORKS)
-def test_initial_weights_depend_on_the_generator_alone(model: str) -> None:
-    def start(keys: list[int]) -> Stack:
-        stack = make_stack(model, len(keys), 10, 16, DEFAULTS)
-        stack.initialise([generator_for(42, INITIAL_WEIGHTS, key) for key in keys])
-        return stack
-
-    together, alone = start([1, 2, 3]), start([3])
-    first = network_state(together, 0)
-    for name, tensor in network_state(together, 2).items():
-        assert torch.equal(tensor, network_state(alone, 0)[name])
+def test_initial_weights_depend_on_the_seed_alone(model: str) -> None:
+    first, other = make_network(model, 10, 16, {}, seed=1).state_dict(), make_network(model, 10, 16, {}, seed=2).state_dict()
+    before = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    again = make_network(model, 10, 16, {}, seed=1).state_dict()
+    torch.random.set_rng_state(before)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name])
         if tensor.ndim > 1:
-            assert not torch.equal(tensor, first[name])
+            assert not torch.equal(tensor, other[name])
 
 
 def test_initial_spread_of_weights() -> None:
-    generators = [torch.Generator().manual_seed(0)]
-    resnet = make_stack("ResNet18T", 1, 10, 16, DEFAULTS)
-    resnet.initialise(generators)
-    conv = network_state(resnet, 0)["blocks.0.conv2.weight"]
+    conv = make_network("ResNet18T", 10, 16, {}).state_dict()["blocks.0.conv2.0.weight"]
     assert conv.std().item() == pytest.approx((2 / (64 * 5)) ** 0.5, rel=0.02)  # Kaiming normal, fan out
-    fcn = make_stack("FCN", 1, 10, 16, DEFAULTS)
-    fcn.initialise(generators)
-    state = network_state(fcn, 0)
-    assert state["conv2.weight"].abs().max().item() == pytest.approx((6 / ((128 + 256) * 5)) ** 0.5, rel=0.01)
+    state = make_network("FCN", 10, 16, {}).state_dict()
+    assert state["conv2.0.weight"].abs().max().item() == pytest.approx((6 / ((128 + 256) * 5)) ** 0.5, rel=0.01)
     assert state["head.bias"].abs().max().item() == 0
-    lstm = make_stack("BiLSTM", 1, 10, 16, DEFAULTS)
-    lstm.initialise(generators)
-    assert network_state(lstm, 0)["layer2.hidden_backward"].abs().max().item() == pytest.approx(128**-0.5, rel=0.01)
-    encoder = make_stack("Transformer", 1, 10, 16, DEFAULTS)
-    encoder.initialise(generators)
-    state = network_state(encoder, 0)
-    for name in (name for name in state if name.startswith("layers.0.")):
+    state = make_network("BiLSTM", 10, 16, {}).state_dict()
+    assert state["lstm.weight_hh_l1_reverse"].abs().max().item() == pytest.approx(128**-0.5, rel=0.01)
+    state = make_network("Transformer", 10, 16, {}).state_dict()
+    for name in (name for name in state if name.startswith("encoder.layers.0.")):
         assert torch.equal(state[name], state[name.replace("layers.0.", "layers.4.")])
     bound = (6 / (64 + 192)) ** 0.5
-    assert state["layers.0.query_key_value.weight"].abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert state["encoder.layers.0.self_attn.in_proj_weight"].abs().max().item() == pytest.approx(bound, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +109,7 @@ def test_initial_spread_of_weights() -> None:
 )
 def test_flags_that_make_no_network_are_refused(model: str, flags: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        make_stack(model, 1, 10, 16, DEFAULTS | flags)
+        make_network(model, 10, 16, flags)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +117,59 @@ def test_flags_that_make_no_network_are_refused(model: str, flags: dict[str, Any
 )
 @pytest.mark.parametrize("shortcut_pooling", [True, False])
 def test_resnet18t_runs_where_strides_do_not_divide_the_steps(flags: dict[str, Any], shortcut_pooling: bool) -> None:
-    stack = make_stack("ResNet18T", 2, 10, 16, DEFAULTS | flags | {"shortcut_pooling": shortcut_pooling})
-    stack.initialise([torch.Generator(), torch.Generator()])
-    assert stack(torch.randn(2, 16, 3, 10)).shape == (2, 3)
+    network = make_network("ResNet18T", 10, 16, flags | {"shortcut_pooling": shortcut_pooling})
+    assert network(torch.randn(3, 10, 16)).shape == (3,)
+
+
+def test_pooled_shortcuts_average_the_steps_that_are_there() -> None:
+    network = make_network("ResNet18T", 10, 16, {"strides": (3, 1, 1, 1)})
+    pooled = network.get_submodule("blocks.0.shortcut.0")(torch.arange(16.0).view(1, 1, 1, 16))
+    assert pooled.flatten().tolist() == [1, 4, 7, 10, 13, 15]
+
+
+class WithSettings(nn.Module):
+    """A network as anyone would write it.
+
+    Args:
+        dropout: share of features dropped.
+        kernel_size: steps of a convolution.
+    """
+
+    def __init__(self, bands: int, steps: int, dropout: float = 0.5, kernel_size: int = 7, norm: bool = True) -> None:
+        super().__init__()
+
+
+def test_keyword_arguments_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "WithSettings", WithSettings)
+    flags = model_flags()
+    assert (flags["dropout"].default, flags["dropout"].help) == ("0.5", "WithSettings: share of features dropped.")
+    assert flags["norm"].default == "yes" and flags["norm"].type("no") is False
+    # Architectures that differ in a default share the flag.
+    assert flags["kernel_size"].default == "auto" and flags["kernel_size"].help.startswith("ResNet18T, WithSettings: ")
+    assert own_flags(WithSettings, {"kernel_size": None, "dropout": 0.1})["kernel_size"] == 7
+    assert own_flags(WithSettings, {"kernel_size": "9"}) == {"dropout": 0.5, "kernel_size": 9, "norm": True}
+    with pytest.raises(InputError, match="kernel_size: 'wide' is not a whole number"):
+        own_flags(WithSettings, {"kernel_size": "wide"})
+
+
+class Lazy(nn.Module):
+    """A network whose sizes come with its first input."""
+
+    def __init__(self, bands: int, steps: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(sample, band, step) to (sample, 1)."""
+        return self.layers(x)
+
+
+def test_lazy_layers_have_their_sizes_and_weights_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "Lazy", Lazy)
+    first, again = (make_network("Lazy", 3, 4, {}, seed=5).state_dict() for _ in range(2))
+    assert first["layers.1.weight"].shape == (8, 12)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert first["layers.2.num_batches_tracked"] == 0
 
 
 Problem = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -53,7 +53,7 @@ def test_training_restart_and_files(
         raise InputError("interrupted by the test")
 
     monkeypatch.setattr(main, "SECONDS_BETWEEN_CHECKPOINTS", 0)
-    place = "finish_fold" if model in NETWORKS else "report_results"
+    place = "test_fold" if model in NETWORKS else "report_results"
     with monkeypatch.context() as patch:
         patch.setattr(main, place, interrupted)
         done = run_main(*flags)
@@ -89,9 +89,28 @@ def test_what_was_read_and_where_the_results_are(run_main: Callable[..., Ended],
         in done.stdout
     )
     assert "ignored columns: 4 (country, season, elevation, use)" in done.stdout
-    assert "beyond the quartiles of their band: ndvi 1 (such as -9999); they are used as they are, nodata=" in done.stdout
+    assert (
+        "beyond their band's or column's quartiles: ndvi 1 (such as -9999); they are used as they are, nodata="
+        in done.stdout
+    )
     assert f"[*] Results: {tmp_path} (metrics.json, models/, predictions.csv, scatter.png)" in done.stdout
     done = run_main(*own, "nodata=-9999,0")
-    assert "dropped: missing value (1)" in done.stdout and "beyond the quartiles" not in done.stdout
+    assert "dropped: missing value (1)" in done.stdout and "quartiles" not in done.stdout
     done = run_main(*own, "split_procedure=split_by_year", "year_column=season", "folds=9")
-    assert "Fold 2/2 rows" in done.stdout and "Without effect on split_by_year: folds=9" in done.stdout
+    assert "Fold 2/2 rows (tests 2021): train" in done.stdout and "Without effect on split_by_year: folds=9" in done.stdout
+
+
+def test_the_targets_unit_changes_nothing_but_the_unit(run_main: Callable[..., Ended], tmp_path: Path) -> None:
+    write_table(tmp_path / "own.csv", ["ndvi"], [1, 2, 3])
+    rows = pd.read_csv(tmp_path / "own.csv")
+    predicted, losses = [], []
+    for factor in (1, 1024):  # a power of two, which rounds nothing
+        (rows.assign(biomass_g_m2=rows["biomass_g_m2"] * factor)).to_csv(tmp_path / "own.csv", index=False)
+        done = run_main(f"dataset={tmp_path / 'own.csv'}", *OWN, *SHORT, "model=MLP", "ensemble_count=2")
+        assert done.returncode == 0, done.stderr
+        predicted.append(pd.read_csv(tmp_path / "predictions.csv")["predicted"] / factor)
+        losses.append([float(line.split()[3]) / factor for line in done.stdout.splitlines() if "Val loss: " in line])
+    np.testing.assert_allclose(predicted[0], predicted[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    _, record = read_tensors(tmp_path / "models" / "fold_1.safetensors")
+    assert record["target_offset_and_factor"][0] == pytest.approx(1024 * rows["biomass_g_m2"].mean(), rel=0.1)

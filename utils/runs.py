@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import errno
+import io
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import sys
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.flags import assignment
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.pt"
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in PyTorch's messages
 
 
@@ -141,6 +143,29 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["record"])  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a file of weights that this project wrote: {error}") from error
+
+
+def write_checkpoint(path: Path, document: Mapping[str, Any]) -> None:
+    """Write numbers, text, lists and tensors whole, for the run itself to go on from."""
+    buffer = io.BytesIO()  # in memory first: PyTorch's own writer calls a full disk no OSError
+    torch.save(dict(document), buffer)
+    with whole_file(path) as beside:
+        beside.write_bytes(buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The document of `write_checkpoint`; nothing else is unpickled.
+
+    Raises:
+        InputError: the file is not one of this version of the project.
+    """
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: document[name] for name in ("identity", *document)}
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path.absolute()} is damaged or of an earlier version of this project; without it the run starts anew"
+        ) from error
 
 
 def a_new_run() -> str:

@@ -7,7 +7,12 @@ import torch
 INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS, WINDOWS, STATISTICS = range(7)
 
 
+def seed_for(seed: int, purpose: int, *key: int) -> int:
+    """A seed of its own for one purpose."""
+    low, high = np.random.SeedSequence([seed, purpose, *key]).generate_state(2)
+    return int(high) << 32 | int(low)
+
+
 def generator_for(seed: int, purpose: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for one purpose."""
-    low, high = np.random.SeedSequence([seed, purpose, *key]).generate_state(2)
-    return torch.Generator(device).manual_seed(int(high) << 32 | int(low))
+    return torch.Generator(device).manual_seed(seed_for(seed, purpose, *key))

@@ -1,8 +1,6 @@
 """The state of a training: network, optimiser and progress, its checkpoint, and the weights that it keeps."""
 
-import io
 import math
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from utils import runs
 from utils.errors import InputError
-from utils.runs import read_tensors, refuse_other_flags, versions, whole_file, write_tensors
+from utils.runs import read_checkpoint, read_tensors, refuse_other_flags, versions, write_checkpoint, write_tensors
 from utils.seeds import SHUFFLE, generator_for
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 BEST_KEPT = 2  # best validations whose weights are kept
 MODELS = Path("models")
-CHECKPOINT = Path("checkpoint.pt")
+CHECKPOINT = Path(runs.CHECKPOINT)
 
 
 @dataclass
@@ -82,11 +81,7 @@ class TrainingState:
             self._resume()
 
     def _resume(self) -> None:
-        try:
-            saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{CHECKPOINT.absolute()} is not a checkpoint that this project wrote: {reason}") from error
+        saved = read_checkpoint(CHECKPOINT)
         refuse_other_flags(CHECKPOINT.absolute(), saved["identity"], self.identity)
         self.module.load_state_dict(saved["net"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -95,10 +90,7 @@ class TrainingState:
     def save(self) -> None:
         """Write the checkpoint, then remove weights that are no longer among the best."""
         states = {"net": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        buffer = io.BytesIO()  # torch.save to a file would not say that the disk is full
-        torch.save({"identity": self.identity, "progress": asdict(self.progress), **states}, buffer)
-        with whole_file(CHECKPOINT) as beside:
-            beside.write_bytes(buffer.getbuffer())
+        write_checkpoint(CHECKPOINT, {"identity": self.identity, "progress": asdict(self.progress), **states})
         kept = {weights_after(step) for _, step in self.progress.best}
         for path in MODELS.glob("step_*.safetensors"):
             if path not in kept:

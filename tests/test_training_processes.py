@@ -1,4 +1,4 @@
-"""Folds shared among processes: who trains what, and that it does not show in a result."""
+"""Networks shared among processes, which does not show in a result."""
 
 import multiprocessing
 import signal
@@ -9,13 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import DEFAULTS, PROJECT, environment
+from conftest import PROJECT, environment
+from test_training import fold_data, new_training
 
-from models import make_stack
 from utils.errors import InputError
-from utils.fold_processes import fold_processes, next_stack
-from utils.recipes import recipe_for
-from utils.stacked_training import FoldData, FoldState, StackTraining, Tensors
+from utils.training import Training, initial_state, train
+from utils.training_processes import training_processes
 
 FLAGS = ("--dataset", "demo", "--num_channels", "8 8 8 8", "--stem_channels", "8", "--batch_size", "64")
 
@@ -46,22 +45,12 @@ def wait_for_processes(run: subprocess.Popen[str], epoch: int) -> list[psutil.Pr
     pytest.fail("the run ended before")
 
 
-def state(number: int, epoch: int) -> FoldState:
-    return FoldState(number, epoch, Tensors())
-
-
-def test_a_free_process_takes_the_folds_furthest_behind_that_are_at_one_epoch() -> None:
-    waiting = [state(1, 20), state(2, 10), state(3, 10), state(4, 10), state(5, 20)]
-    assert [one.number for one in next_stack(waiting, 2)] == [2, 3]
-    assert [one.number for one in next_stack(waiting, 5)] == [2, 3, 4]
-
-
 def test_figures_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    """A rate too high for the network makes folds stop one after the other, so that stacks change."""
+    """Too much weight decay makes folds stop one after the other."""
     outcomes = []
     for processes in (1, 3):
         folder = tmp_path / str(processes)
-        run = start(folder, processes, "--epochs", "45", "--warmup_epochs", "4", "--lr", "0.05")
+        run = start(folder, processes, "--epochs", "45", "--warmup_epochs", "4", "--lr", "0.02", "--weight_decay", "2")
         output, errors = run.communicate(timeout=200)
         assert run.returncode == 0, errors
         differing = (" time ", "Throughput", "Results: ")
@@ -73,34 +62,29 @@ def test_figures_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
     assert outcomes[0][2]
 
 
-def small_training(batch_size: int = 32) -> StackTraining:
-    """Two folds of ResNet18T before their first epoch."""
-    x, y = torch.randn(2, 80, 10, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 80)
-    data, recipe = FoldData(x[0], y, x[1], y), recipe_for("ResNet18T", DEFAULTS)
-    stack = make_stack("ResNet18T", 2, 10, 16, DEFAULTS)
-    return StackTraining(stack, [data, data], 1, recipe, batch_size, 9, 9, 1, "32", torch.device("cpu"))
-
-
 @pytest.fixture
-def training() -> StackTraining:
-    return small_training()
+def training() -> Training:
+    return new_training("ResNet18T")
 
 
-def test_the_last_fold_of_a_resumed_run_trains_on_one_thread_too(training: StackTraining) -> None:
+def test_the_last_network_of_a_resumed_run_trains_on_one_thread_too(training: Training) -> None:
     """Two threads round otherwise, and the figures would not be those of an undisturbed run."""
-    state = training.initial_state(1)._replace(epoch=1)
+    state, data = initial_state(training, 1, 0), {1: fold_data()}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        (expected,) = training.advance([state])
+        expected = train(training, state, data[1], 1)
         torch.set_num_threads(2)
-        with fold_processes(training, [state]) as processes:
-            processes.keep_busy([state])
+        with training_processes(training, data, [state]) as processes:
+            processes.submit(state)
+            assert processes.free == 0
             (shared,) = processes.collect(60)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(shared.state.tensors["weights"], expected.state.tensors["weights"])
+    assert expected.records == shared.records and shared.state.epoch == 1
+    for name, tensor in expected.state.network.items():
+        assert torch.equal(tensor, shared.state.network[name])
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
@@ -127,14 +111,22 @@ def test_a_process_that_the_system_ends_is_told_and_the_run_goes_on_later(tmp_pa
     assert again.returncode == 0 and "Resuming after epoch" in output, errors
 
 
-def test_a_process_that_ended_while_it_was_idle_is_told(training: StackTraining) -> None:
-    state, others = training.initial_state(1), multiprocessing.active_children()
-    with fold_processes(training, [state]) as processes:
+def test_a_process_that_ended_while_it_was_idle_is_told(training: Training) -> None:
+    state, others = initial_state(training, 1, 0), multiprocessing.active_children()
+    with training_processes(training, {1: fold_data()}, [state]) as processes:
         (process,) = [one for one in multiprocessing.active_children() if one not in others]
         process.kill()
         process.join(10)
         with pytest.raises(InputError, match="the system ended a process of the training"):
-            processes.keep_busy([state])
+            processes.submit(state)
+
+
+def test_an_error_of_a_process_arrives_with_its_place(training: Training) -> None:
+    state = initial_state(training, 1, 0)._replace(fold=9)
+    with training_processes(training, {1: fold_data()}, [initial_state(training, 1, 0)]) as processes:
+        processes.submit(state)
+        with pytest.raises(RuntimeError, match="KeyError: 9"):
+            processes.collect(60)
 
 
 def test_a_diverging_fold_ends_the_run(tmp_path: Path) -> None:
@@ -144,25 +136,12 @@ def test_a_diverging_fold_ends_the_run(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_without_fork_this_process_trains_all_folds(training: StackTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fork_this_process_trains(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    states, others = [training.initial_state(number) for number in (1, 2)], multiprocessing.active_children()
-    with fold_processes(training, states) as processes:
-        assert multiprocessing.active_children() == others
-        processes.keep_busy(states)
-        assert processes.in_training() == [1, 2]
-        advances = processes.collect(0)
-    assert [advance.state.number for advance in advances] == [1, 2]
-    assert list(processes.epochs_done) == [0, 1, 1]
-
-
-@pytest.mark.parametrize(("batch_size", "in_training"), [(32, [1, 2]), (20, [1])])
-def test_folds_train_alone_where_a_stack_would_round_otherwise(batch_size: int, in_training: list[int]) -> None:
-    training = small_training(batch_size)
-    states = [training.initial_state(number) for number in (1, 2)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with fold_processes(training, states) as processes:
-        processes.keep_busy(states)
-        assert processes.in_training() == in_training
-    torch.set_num_threads(threads)
+    states, others = [initial_state(training, number, 0) for number in (1, 2)], multiprocessing.active_children()
+    with training_processes(training, {1: fold_data(), 2: fold_data()}, states) as processes:
+        assert multiprocessing.active_children() == others and processes.free == 1
+        processes.submit(states[1])
+        assert processes.free == 0
+        (segment,) = processes.collect(0)
+    assert segment.state.fold == 2 and list(processes.epochs_done) == [0, 0, 1]
