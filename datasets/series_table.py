@@ -393,6 +393,10 @@ def _find_columns(
             f"{table.name}: the grid of {len(chosen_bands)} bands ({_listed(chosen_bands)}) x {len(chosen_steps)} steps has "
             f"holes, no column {_listed(map(repr, holes))}; bands=... and steps=... choose a complete part{hint}"
         )
+    for column in rows.columns:
+        match = None if column in {*taken, *found.values()} else PREDICTOR.fullmatch(column)
+        if match and match[1] in chosen_bands and (not steps or int(match[2]) in steps):
+            raise InputError(f"{table.name}, column {column!r}: there is no number in it, as in the others of its band")
     predictors = tuple(tuple(found[band, step] for band in chosen_bands) for step in chosen_steps)
     used = {*taken, *sum(predictors, ())}
     ignored = tuple(column for column in rows.columns if column not in used)

@@ -279,6 +279,8 @@ def test_a_series_does_not_get_shorter_without_a_word() -> None:
     for flags in ({"covariates": ["ndvi_1"]}, {}):
         with pytest.raises(InputError, match=r"=ndvi_1: it is one of the predictors, of the band 'ndvi'"):
             prepare(table, "biomass_g_m2" if flags else "ndvi_1", plot_column="site", **flags)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"column 'ndvi_1': there is no number in it, as in the others"):
+        prepare_own(table._replace(rows=table.rows.assign(ndvi_1="cloudy")))
     with pytest.raises(InputError, match=r"no complete row .*; nothing is in its column 'ndvi_1'"):
         prepare_own(table._replace(rows=table.rows.assign(ndvi_1=np.nan)))
 
