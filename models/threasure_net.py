@@ -502,7 +502,8 @@ class ThreasureNet(nn.Module):
             images: (sample, date, band, row, column), standardised.
             days: (sample, date), day of the year from 0.
             lidar_day: (sample,), day of the year from 0 to predict for.
-            padding: (sample, date), true where there is no image; nothing is computed there.
+            padding: (sample, date), true where there is no image; nothing is computed there. Best on the CPU, as its values
+                are needed there.
             cut: input pixels left out of the output at each side; what remains is the same as without the cut.
             generators: one a sample, from which training draws the dropout of attention weights, so that a sample's
                 draw does not depend on the others of the batch; PyTorch's own generator where absent.
@@ -513,12 +514,12 @@ class ThreasureNet(nn.Module):
         samples, _, _, rows, columns = images.shape
         if min(rows, columns) <= 2 * cut:
             raise InputError(f"cut={cut} leaves nothing of {rows} x {columns} pixels: over {2 * cut} are expected")
-        real = ~padding
+        real = ~padding.cpu()  # its values decide what is computed
         counts = real.sum(1).tolist()
         if 0 in counts:
             raise InputError(f"sample {counts.index(0)} of the batch has no image: at least one date must not be padding")
         inset = self.upsampling.insets(cut * self.factor)[0] if self.upsampling else cut
-        index = real.flatten().nonzero().squeeze(1)
+        index = real.flatten().nonzero().squeeze(1).to(images.device, non_blocking=True)
         packed = images.flatten(0, 1)[index].contiguous(memory_format=torch.channels_last)
         features, dates = self.encode(packed, inset).split(counts), days.flatten()[index].split(counts)
         draws: Sequence[torch.Generator | None] = generators or [None] * samples

@@ -124,15 +124,17 @@ class Batch(NamedTuple):
         return [tile_of(name) for name in self.names]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device."""
+        """The batch with its tensors on a device, except `padding`, by whose values the CPU tells what to compute."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in self._asdict().items() if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) and name != "padding"
         }
         return self._replace(**moved)
 
     def nearest_images(self, margin: int) -> Tensor:
         """Of each sample, the image whose day of year is nearest to the LiDAR's: (sample, 10, row, column), no margin."""
-        apart = (self.days - self.lidar_day[:, None]).abs().masked_fill(self.padding, 10**6)
+        apart = (self.days - self.lidar_day[:, None]).abs().masked_fill(self.padding.to(self.days.device), 10**6)
         cut = slice(margin, -margin or None)
         return self.images[torch.arange(len(apart), device=apart.device), apart.argmin(1), :, cut, cut]
 
