@@ -36,6 +36,7 @@ def test_a_run_is_found_by_id_beginning_folder_or_age(runs: Path, tmp_path: Path
     assert find_run(IDS[0], "canopy") == find_run("1da", "canopy") == find_run(f"runs/{IDS[0]}", "canopy") == runs / IDS[0]
     write_run(runs / "3bb", "canopy", finished=False)
     assert find_run("", "canopy") == runs / IDS[1] and find_run("", "main") == runs / IDS[2]
+    assert find_run("", "main", "canopy") == runs / IDS[2] and find_run("1da", "main", "canopy") == runs / IDS[0]
     # Within a run of Guild, which has a folder beside the others.
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "runs" / "4cc"))
     monkeypatch.setenv("GUILD_HOME", "/elsewhere")

@@ -38,24 +38,24 @@ def operation_of(folder: Path) -> str | None:
     return None
 
 
-def find_run(run: str, operation: str) -> Path:
+def find_run(run: str, *operations: str) -> Path:
     """The folder of a finished run.
 
     Args:
-        run: id of a run of Guild or its beginning, a folder, or nothing: the newest finished run of the operation.
-        operation: `main` or `canopy`.
+        run: id of a run of Guild or its beginning, a folder, or nothing: the newest finished run of the operations.
+        operations: `main`, `canopy` or both.
 
     Raises:
         InputError: there is none, or not one alone, or it is unfinished or of another operation.
     """
-    runs = runs_folder()
+    runs, wanted = runs_folder(), " or ".join(operations)
     if not run:
         finished = [path.parent for path in runs.glob("*/metrics.json") if is_finished(path.parent)]
         by_age = sorted(finished, key=lambda folder: (folder / "metrics.json").stat().st_mtime_ns, reverse=True)
-        newest = next((folder for folder in by_age if operation_of(folder) == operation), None)
+        newest = next((folder for folder in by_age if operation_of(folder) in operations), None)
         if newest is None:
             raise InputError(
-                f"{runs} has no finished run of {operation}; `guild run {operation}` makes one, run=... names one elsewhere"
+                f"{runs} has no finished run of {wanted}; `guild run {operations[0]}` makes one, run=... names one elsewhere"
             )
         return newest
     folder = called_from() / run
@@ -68,11 +68,11 @@ def find_run(run: str, operation: str) -> Path:
             )
         folder = matching[0]
     found_operation = operation_of(folder)
-    if found_operation not in (None, operation):
-        raise InputError(f"{folder} is a run of {found_operation}, but one of {operation} is expected")
+    if found_operation not in (None, *operations):
+        raise InputError(f"{folder} is a run of {found_operation}, but one of {wanted} is expected")
     if found_operation is None or not is_finished(folder):
         raise InputError(
-            f"{folder} is no finished run of {operation}: metrics.json and models/*.safetensors, and no {CHECKPOINT}, are "
+            f"{folder} is no finished run of {wanted}: metrics.json and models/*.safetensors, and no {CHECKPOINT}, are "
             f"expected"
         )
     return folder
