@@ -639,7 +639,7 @@ def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
     record = {
         "bands": samples.columns.bands,
         "steps": samples.columns.steps,
-        "study_variable": samples.columns.target,
+        "study_var": samples.columns.target,
         "predictor_mean": scaler.mean_.tolist(),
         "predictor_sd": scaler.scale_.tolist(),
         "predictor_order": "bands fastest within a step, covariates after them",

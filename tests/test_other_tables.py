@@ -70,7 +70,7 @@ def test_training_restart_and_files(
     assert metrics["columns"]["bands"] == bands and metrics["columns"]["steps"] == steps
     assert np.isfinite(metrics["summary"]["rrmse_mean"]) and len(metrics["folds"]) == 3
     _, record = read_tensors(tmp_path / "models" / "fold_3.safetensors")
-    assert record["bands"] == bands and record["steps"] == steps and record["study_variable"] == "biomass_g_m2"
+    assert record["bands"] == bands and record["steps"] == steps and record["study_var"] == "biomass_g_m2"
     assert len(record["predictor_mean"]) == len(bands) * len(steps)
     assert len(record["covariates"]) == (2 if "covariates" in str(flags) else 0)
     assert (tmp_path / "scatter.png").exists() and (tmp_path / "losses.png").exists() == (model in NETWORKS)
