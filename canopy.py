@@ -34,8 +34,8 @@ from utils.canopy.metrics import REPORTED
 from utils.canopy.training import MODELS, TrainingState
 from utils.canopy.windows import write_windows
 from utils.errors import InputError
-from utils.figures import as_image, save_png
 from utils.flags import FlagParser, auto_or, auto_yes_no, number_of, one_of, real, whole
+from utils.plots import as_image, save_plot
 from utils.runs import (
     add_to_label,
     called_from,
@@ -224,10 +224,15 @@ class Run:
         """Optimiser steps of an epoch; squares that do not fill one are left out of the epoch."""
         return len(self.data.training) // (self.flags["batch_size"] * self.flags["accumulate"])
 
+    def title(self, what: str) -> str:
+        """The title of a plot: what it shows, of which data and seed."""
+        data = "simulated tiles" if self.data.catalogue.simulated else self.data.catalogue.root.name
+        return f"Canopy height at {self.flags['resolution']:g} m, {what}\n{data}, seed {self.flags['seed']}"
+
     def show(self, tag: str, figure: "Figure", path: str, step: int | None = None) -> None:
-        """Write a plot as a file and to TensorBoard."""
+        """Write a plot as .png and .pdf and to TensorBoard."""
         assert self.events is not None  # only the first process plots
-        save_png(figure, Path(path))
+        save_plot(figure, Path(path))
         self.events.add_image(tag, as_image(figure), step, dataformats="HWC")
 
 
@@ -372,8 +377,8 @@ def validate(run: Run, loss_train: float) -> None:
         if progress.step in (step for _, step in progress.best):
             state.write_weights(training.weights_after(progress.step))
         number = len(progress.validations)
-        title = f"validation {number}, step {progress.step}, {run.flags['resolution']:g} m{run.note}"
-        run.show("validation", plots.scenes(result.scenes, title), f"pictures/validation_{number:04d}.png", progress.step)
+        plot = plots.scenes(result.scenes, run.title(f"validation {number} after step {progress.step}"))
+        run.show("validation", plot, f"pictures/validation_{number:04d}", progress.step)
         for name, value in metrics.items():
             run.events.add_scalar(f"validation/{name}", value, progress.step)
         run.events.flush()
@@ -403,8 +408,8 @@ def test(run: Run) -> None:
         run.log(f"MAE of {name}: {metrics['mae']:.4f} m{run.note}")
     run.log(f"Training time: {state.progress.seconds:.1f} s")
     run.log(f"Testing time: {seconds:.1f} s")
-    for name, figure in plots.of_test(result, run.flags["resolution"], run.note).items():
-        run.show(name, figure, f"{name}.png")
+    for name, figure in plots.of_test(result, run.title("test")).items():
+        run.show(name, figure, name)
     for name in SHOWN_METRICS:
         run.events.add_scalar(name, result.scores["all"][name])
     run.events.close()

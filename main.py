@@ -36,7 +36,7 @@ from datasets.series_table import (
     standardise,
 )
 from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags, settings_of
-from utils import figures
+from utils import plots
 from utils.errors import InputError
 from utils.flags import (
     FlagParser,
@@ -672,7 +672,7 @@ def report_results(run: Run) -> None:
 def write_results(
     run: Run, results: Sequence[FoldRecord], scores: Sequence[Scores], summary: dict[str, float], predictions: pd.DataFrame
 ) -> None:
-    """Write predictions.csv, metrics.json, the pictures and the last TensorBoard entries."""
+    """Write predictions.csv, metrics.json, the plots and the last TensorBoard entries."""
     flags = run.flags
     with whole_file(Path("predictions.csv")) as beside:
         predictions.to_csv(beside, index=False, float_format="%.9g")
@@ -706,18 +706,16 @@ def write_results(
     else:
         target = published_grassland.STUDY_VARIABLES.get(target, target)
     ensemble = f" x {flags['ensemble_count']}" if flags["ensemble_count"] > 1 else ""
-    title = f"{flags['model']}{ensemble}, {flags['study_var']}, seed {flags['seed']}{run.note}"
-    means = Scores(*(summary[f"{name}_mean"] for name in Scores._fields))
+    variable = target.partition(" (")[0]
+    title = f"{flags['model']}{ensemble}: {variable}\n{run.table.name}, n = {len(predictions):,}, seed {flags['seed']}"
+    observed, predicted = (predictions[name].to_numpy() for name in ("observed", "predicted"))
     regions = predictions["region"].tolist() if "region" in predictions else None
-    picture = figures.scatter(
-        predictions["observed"].to_numpy(), predictions["predicted"].to_numpy(), regions, means, title, target
-    )
-    figures.save_png(picture, Path("scatter.png"))
-    run.events.add_image("scatter", figures.as_image(picture), dataformats="HWC")
+    plot = plots.scatter(observed, predicted, regions, scores, title, target)
+    plots.save_plot(plot, Path("scatter"))
+    run.events.add_image("scatter", plots.as_image(plot), dataformats="HWC")
     if any(result.history for result in results):
         histories = [(result.number, result.history) for result in results]
-        picture = figures.losses(histories, flags["warmup_epochs"], title, target)
-        figures.save_png(picture, Path("losses.png"))
+        plots.save_plot(plots.losses(histories, flags["warmup_epochs"], title, target), Path("losses"))
     for name, value in summary.items():
         run.events.add_scalar(name, value)
     run.events.close()

@@ -64,8 +64,9 @@ def test_a_run_leaves_what_it_promises(
     assert f"[*] MAE: {total['mae']:.4f} m (simulated)" in done.stdout
     assert "[*] Sun and view angles: in use; masks of tall vegetation: in use" in done.stdout
     assert document["data"]["angles"] and document["data"]["mask"]
-    for name in ("scatter.png", "height_classes.png", "test.png", "pictures/validation_0002.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("scatter", "height_classes", "test", "pictures/validation_0002"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not (tmp_path / CHECKPOINT).exists()
 
     (window,) = (tmp_path / "test").iterdir()

@@ -133,10 +133,15 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
     def nearest_images(self, margin: int) -> Tensor:
-        """Of each sample, the image whose day of year is nearest to the LiDAR's: (sample, 10, row, column), no margin."""
+        """Of each sample, the image whose day of year is nearest to the LiDAR's, without the margin, to plot.
+
+        Returns:
+            (sample, 10, row, column) float32, reflectance x 10 000, nan where missing.
+        """
         apart = (self.days - self.lidar_day[:, None]).abs().masked_fill(self.padding.to(self.days.device), 10**6)
         cut = slice(margin, -margin or None)
-        return self.images[torch.arange(len(apart), device=apart.device), apart.argmin(1), :, cut, cut]
+        images = self.images[torch.arange(len(apart), device=apart.device), apart.argmin(1), :, cut, cut]
+        return images.float().masked_fill(images == NODATA, torch.nan)
 
 
 def tile_of(name: str) -> str:

@@ -70,7 +70,7 @@ class EvaluationCollector:
             vegetation: its predicted probability, (sample, 1, row, column).
             reference: heights in metres, (sample, 1, row, column).
             no_vegetation: True where there is no tall vegetation, (sample, 1, row, column).
-            images: one of each sample to plot, (sample, band, row, column), reflectance x 10 000.
+            images: one of each sample to plot, (sample, band, row, column), reflectance x 10 000, nan where missing.
             names: tile/patch of each sample.
         """
         for loss in losses:
@@ -80,8 +80,7 @@ class EvaluationCollector:
         self.histogram += joint_histogram(metres, reference, no_vegetation)
         for row in range(min(SCENES - len(self.scenes), len(names))):
             image, target, predicted, mask = (
-                tensor.cpu().numpy()
-                for tensor in (images[row].float(), reference[row, 0], metres[row, 0], no_vegetation[row, 0])
+                tensor.cpu().numpy() for tensor in (images[row], reference[row, 0], metres[row, 0], no_vegetation[row, 0])
             )
             self.scenes.append(Scene(names[row], image, target, predicted, mask, self.resolution))
 
