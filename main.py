@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,9 @@ parser.flag(
     "weight decay, decoupled in AdamW; auto: as published, 0.001 for ResNet18T and InceptionTime",
 )
 parser.flag("year_column", str, published_grassland.YEAR, "column of the year; may be absent")
+parser.flag(
+    "scheduler", str, "none", "address of a Dask scheduler whose workers train the networks, as tcp://host:8786, or none"
+)
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
 for name, declared in model_flags().items():
     parser.flag(name, declared.type, declared.default, declared.help)
@@ -237,7 +241,9 @@ class FoldRecord:
 def main() -> None:
     """Read, train, test, write."""
     flags = parser.parse_flags()
-    device = choose_device(flags.pop("device"))
+    scheduler = flags.pop("scheduler")
+    # Workers of a cluster train on their processors, and this process tests as they would.
+    device = choose_device(flags.pop("device") if scheduler == "none" else "cpu")
     given = dict(flags)
     resolve_auto_flags(flags)
     told = {**given, "dataset": Path(given["dataset"]).name}
@@ -260,7 +266,7 @@ def main() -> None:
         networks = len(run.splits) * flags["ensemble_count"]
         advice = f"on {device} with {networks} networks; lower ensemble_count, batch_size or the network's width"
         with explaining_out_of_memory(advice):
-            train_networks(run)
+            train_networks(run, scheduler)
     else:
         fit_estimators(run)
     report_results(run)
@@ -337,8 +343,11 @@ class Run:
         if scaled and flags["model"] in NETWORKS:
             parts = [self.samples.y[fold.train] for fold in self.splits]
             self.target_scales = [(float(part.mean()), float(part.std())) for part in parts]
+        # By the seed of its weights, a network for the run's bands, covariates and steps.
+        shape = (self.channels, len(self.samples.columns.steps))
+        self.make_network = partial(make_network, flags["model"], *shape, flags)
         if flags["model"] in NETWORKS:
-            self.network()  # refuses flags that do not fit the table before anything is written
+            self.make_network()  # refuses flags that do not fit the table before anything is written
         self.folds = [FoldRecord(number) for number in range(1, len(self.splits) + 1)]
         self.throughput = {"network_epochs": 0.0, "seconds": 0.0}
         self.segments: dict[tuple[int, int], Segment | None] = {}  # by fold and member; None while it is in training
@@ -366,10 +375,6 @@ class Run:
         self.throughput = document["throughput"]
         finished = len(self.folds) - len(self.unfinished())
         say(f"Resuming after epoch {self.epochs_done()}, {finished} of {len(self.folds)} folds finished")
-
-    def network(self, seed: int = 0) -> torch.nn.Module:
-        """A network of the run's architecture, for its bands, covariates and steps, weights drawn from the seed."""
-        return make_network(self.flags["model"], self.channels, len(self.samples.columns.steps), self.flags, seed)
 
     def unfinished(self) -> list[FoldRecord]:
         """The folds that are not tested yet."""
@@ -431,11 +436,11 @@ def report_data(run: Run) -> None:
         )
 
 
-def train_networks(run: Run) -> None:
+def train_networks(run: Run, scheduler: str) -> None:
     """Train every fold until its own stop; finished folds are tested at once."""
     flags = run.flags
     training = Training(
-        run.network,
+        run.make_network,
         recipe_for(flags["model"], flags),
         flags["batch_size"],
         flags["epochs"],
@@ -459,7 +464,7 @@ def train_networks(run: Run) -> None:
     states = [member for fold in run.unfinished() for member in fold.members]
     if not states:
         return
-    with training_processes(training, data, states) as processes:
+    with training_processes(training, data, states, scheduler) as processes:
         warmup = flags["warmup_epochs"]
         train_phase(run, training, processes, data, 0, warmup, "Warming up the model...")
         train_phase(run, training, processes, data, warmup, warmup + flags["epochs"], "Training the model...")
@@ -560,7 +565,7 @@ def test_fold(run: Run, training: Training, fold: FoldRecord) -> None:
     test = torch.from_numpy(channels(run.inputs[fold.number - 1])[run.splits[fold.number - 1].test]).to(run.device)
     predictions = []
     for weights in fold.best:
-        network = run.network().to(run.device)
+        network = run.make_network().to(run.device)
         network.load_state_dict(weights)
         offset, factor = run.target_scales[fold.number - 1]
         predictions.append(predict(network, test, training) * factor + offset)
@@ -573,7 +578,7 @@ def report_size(run: Run) -> None:
     """Print the cost of one network for one sample."""
     shape = (1, run.channels, len(run.samples.columns.steps))
     size = torchinfo.summary(
-        run.network(), input_size=shape, verbose=0, col_names=("output_size", "num_params", "mult_adds")
+        run.make_network(), input_size=shape, verbose=0, col_names=("output_size", "num_params", "mult_adds")
     )
     run.size = {
         "params": size.trainable_params,

@@ -3,7 +3,6 @@
 Wang, Yan and Oates, "Time series classification from scratch with deep neural networks", IJCNN 2017.
 """
 
-import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +33,6 @@ class FCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
         # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
-        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         x = self.conv3(self.conv2(self.conv1(x)))
         return self.head(x.mean((2, 3))).squeeze(1)

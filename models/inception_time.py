@@ -90,7 +90,7 @@ class InceptionTime(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
         # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
-        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         first = self.shortcut1(self.module3(self.module2(self.module1(x))), x)
         y = self.shortcut2(self.module6(self.module5(self.module4(first))), first)
         return self.head(y.mean((2, 3))).squeeze(1)

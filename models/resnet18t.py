@@ -6,7 +6,6 @@ image recognition", CVPR 2016, along the time axis, with the average pooling in 
 CVPR 2019).
 """
 
-import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
@@ -98,6 +97,6 @@ class ResNet18T(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
         # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
-        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         x = self.blocks(self.stem(x).relu())
         return self.head(x.mean((2, 3))).squeeze(1)

@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,3 +128,36 @@ def run_script(tmp_path: Path) -> Runner:
         )
 
     return run
+
+
+def on_path() -> dict[str, str]:
+    """An environment whose processes find the project and its tests."""
+    return environment() | {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until something is so."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "list[subprocess.Popen[bytes]]"]]:
+    """A Dask scheduler and two workers, each a process: its address and the workers."""
+    folder = tmp_path_factory.mktemp("dask")
+    dask = [sys.executable, "-W", "ignore", "-m", "dask"]
+    quiet: dict[str, Any] = {"env": on_path(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
+    options = ["--port", "0", "--no-dashboard", "--scheduler-file", str(folder / "scheduler.json"), "--host", "127.0.0.1"]
+    processes = [subprocess.Popen([*dask, "scheduler", *options], **quiet)]
+    try:
+        wait_for((folder / "scheduler.json").exists)
+        address = json.loads((folder / "scheduler.json").read_text())["address"]
+        one = ["--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(folder)]
+        processes += [subprocess.Popen([*dask, "worker", address, *one], **quiet) for _ in range(2)]
+        yield address, processes[1:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

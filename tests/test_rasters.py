@@ -1,20 +1,19 @@
 """Maps by windows: any size of window, any workers, killed and continued, to the same pixels."""
 
 import functools
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
-from conftest import PROJECT, environment
+from conftest import on_path, wait_for
 from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio.crs import CRS
@@ -116,19 +115,6 @@ def start(folder: Path, *, count: int = 1, scheduler: str = "", seconds: float =
     return subprocess.Popen([sys.executable, "-c", code], env=on_path(), text=True, stderr=subprocess.PIPE)
 
 
-def on_path() -> dict[str, str]:
-    """An environment whose processes find this module and the project."""
-    return environment() | {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something is so."""
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.02)
-
-
 def test_a_killed_map_goes_on_to_the_same_pixels_and_its_workers_end(tmp_path: Path) -> None:
     killed = start(tmp_path / "killed", count=2)
     blocks = tmp_path / "killed" / BLOCKS
@@ -197,30 +183,10 @@ for limit in {limits}:
         assert pixels(tmp_path / str(limit)) == pixels(tmp_path / "undisturbed")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "list[subprocess.Popen[bytes]]"]]:
-    """A Dask scheduler and two workers, each a process: its address and the workers."""
-    folder = tmp_path_factory.mktemp("dask")
-    dask = [sys.executable, "-W", "ignore", "-m", "dask"]
-    quiet: dict[str, Any] = {"env": on_path(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
-    options = ["--port", "0", "--no-dashboard", "--scheduler-file", str(folder / "scheduler.json"), "--host", "127.0.0.1"]
-    processes = [subprocess.Popen([*dask, "scheduler", *options], **quiet)]
-    try:
-        wait_for((folder / "scheduler.json").exists)
-        address = json.loads((folder / "scheduler.json").read_text())["address"]
-        one = ["--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(folder)]
-        processes += [subprocess.Popen([*dask, "worker", address, *one], **quiet) for _ in range(2)]
-        yield address, processes[1:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def test_a_cluster_whose_worker_dies_leaves_the_same_pixels(
-    cluster: tuple[str, "list[subprocess.Popen[bytes]]"], tmp_path: Path
+    dask_cluster: tuple[str, "list[subprocess.Popen[bytes]]"], tmp_path: Path
 ) -> None:
-    address, dask_workers = cluster
+    address, dask_workers = dask_cluster
     running = start(tmp_path / "cluster", scheduler=address)
     wait_for(lambda: len(list((tmp_path / "cluster").glob("built_*"))) == 2)
     victim = next(process for process in dask_workers if (tmp_path / "cluster" / f"built_{process.pid}").exists())
@@ -233,7 +199,7 @@ def test_a_cluster_whose_worker_dies_leaves_the_same_pixels(
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("utils.rasters.SECONDS_FOR_WORKERS", 1)
+    monkeypatch.setattr("utils.cluster.SECONDS_TO_CONNECT", 1)
     with pytest.raises(InputError, match=r"scheduler=tcp://127\.0\.0\.1:9 cannot be reached"):
         make(tmp_path, 64, scheduler="tcp://127.0.0.1:9")
     with pytest.raises(InputError, match="scheduler=nonsense:// cannot be reached"):

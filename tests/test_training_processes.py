@@ -145,3 +145,51 @@ def test_without_fork_this_process_trains(training: Training, monkeypatch: pytes
         assert processes.free == 0
         (segment,) = processes.collect(0)
     assert segment.state.fold == 2 and list(processes.epochs_done) == [0, 0, 1]
+
+
+def test_a_cluster_whose_worker_dies_trains_to_the_same_predictions(
+    dask_cluster: tuple[str, "list[subprocess.Popen[bytes]]"], tmp_path: Path
+) -> None:
+    address, workers = dask_cluster
+    flags = ("--epochs", "11", "--warmup_epochs", "1", "--ensemble_count", "2")
+    undisturbed = start(tmp_path / "here", 2, *flags)
+    run = start(tmp_path / "cluster", 2, *flags, "--scheduler", address)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("[*] Epoch: 1"):
+            break
+    workers[0].kill()
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    undisturbed.communicate(timeout=120)
+    assert (tmp_path / "cluster" / "predictions.csv").read_bytes() == (tmp_path / "here" / "predictions.csv").read_bytes()
+
+
+def test_errors_of_a_cluster_are_told(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.cluster.SECONDS_TO_CONNECT", 1)
+    states = [initial_state(training, 1, 0)]
+    with (
+        pytest.raises(InputError, match=r"scheduler=tcp://127\.0\.0\.1:9 cannot be reached"),
+        training_processes(training, {1: fold_data()}, states, "tcp://127.0.0.1:9"),
+    ):
+        pytest.fail("connected to nothing")
+
+
+def test_on_a_gpu_networks_of_a_group_are_collected_at_once(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on a CPU, which is taken for a GPU."""
+    states = [initial_state(training, fold, member) for fold in (1, 2) for member in (0, 1)]
+    data = {1: fold_data(), 2: fold_data(76)}
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("utils.training_processes.trains_together", lambda *_: True)
+    with training_processes(training, data, states) as processes:
+        assert processes.free == 4
+        for state in states:
+            processes.submit(state)
+        assert processes.free == 0
+        segments = processes.collect(0)
+    assert [(one.state.fold, one.state.member, one.state.epoch) for one in segments] == [
+        (1, 0, 1), (1, 1, 1), (2, 0, 1), (2, 1, 1),
+    ]  # fmt: skip
+    assert list(processes.epochs_done) == [0, 1, 1]
+    alone = train(training, states[3], data[2], 1)
+    assert segments[3].records[0]["loss_train"] == pytest.approx(alone.records[0]["loss_train"], rel=1e-5)

@@ -43,6 +43,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 from tqdm import tqdm
 
+from utils.cluster import cluster
 from utils.errors import InputError
 from utils.runs import a_new_run, how_to_resume, refuse_other_flags, whole_file, write_json
 
@@ -51,7 +52,6 @@ BLOCKS = "blocks"  # folder of the windows that are done
 TILE = 512  # pixels of a side of the tiles in the GeoTIFFs
 GDAL_CACHE = 256  # MB
 AHEAD = 2  # windows submitted for each worker
-SECONDS_FOR_WORKERS = 60
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 Task = Any
@@ -160,21 +160,9 @@ def workers(count: int, scheduler: str = "") -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _cluster(scheduler: str) -> Iterator[Run]:
-    from distributed import Client, KilledWorker
+    from distributed import KilledWorker
 
-    try:
-        client = Client(scheduler, timeout=SECONDS_FOR_WORKERS)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"scheduler={scheduler} cannot be reached ({error}); the address that `dask scheduler` prints is expected"
-        ) from error
-    with client:
-        try:
-            client.wait_for_workers(1, SECONDS_FOR_WORKERS)
-        except TimeoutError as error:
-            raise InputError(
-                f"scheduler={scheduler} has no worker; `dask worker {scheduler} --nthreads 1` starts one"
-            ) from error
+    with cluster(scheduler) as client:
         try:
             limit = lambda: AHEAD * max(1, sum(client.nthreads().values()))  # noqa: E731
             yield functools.partial(_bounded, client.get_executor(pure=False), limit)

@@ -139,17 +139,11 @@ def train(
         InputError: the training loss is not finite, or the network does not predict one number a sample.
     """
     started = time.perf_counter()
-    network, optimizer, scheduler = _restore(training, state)
+    network, optimizer, scheduler = restore(training, state)
     records = []
     for epoch in range(state.epoch, until):
-        if epoch < training.warmup_epochs:
-            warm_up(optimizer, training.recipe, epoch, training.warmup_epochs)
-        elif epoch == training.warmup_epochs:
-            scheduler = make_scheduler(training.recipe, optimizer, training.epochs)
-        elif isinstance(scheduler, ReduceLROnPlateau):
-            # Only here, for it goes by the validation after the epoch before, which the ensemble's mean decides.
-            scheduler.step(state.validation_loss)
-        loss = run_epoch(training, network, optimizer, data, state, epoch)
+        scheduler = set_learning_rate(training, optimizer, scheduler, epoch, state.validation_loss)
+        loss = float(run_epoch(training, network, optimizer, data, state, epoch))
         if not math.isfinite(loss):
             refuse_divergence(state.fold, "training", epoch + 1)
         records.append({"epoch": epoch + 1, "loss_train": loss, "lr": float(optimizer.param_groups[0]["lr"])})
@@ -163,6 +157,24 @@ def train(
     return Segment(after, records, validation, time.perf_counter() - started)
 
 
+def set_learning_rate(
+    training: Training,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | ReduceLROnPlateau,
+    epoch: int,
+    validation_loss: float,
+) -> LRScheduler | ReduceLROnPlateau:
+    """Set the rate of an epoch, counted from 0 with warm-up included; the schedule in force from then on."""
+    if epoch < training.warmup_epochs:
+        warm_up(optimizer, training.recipe, epoch, training.warmup_epochs)
+    elif epoch == training.warmup_epochs:
+        return make_scheduler(training.recipe, optimizer, training.epochs)
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        # Only here, for it goes by the validation after the epoch before, which the ensemble's mean decides.
+        scheduler.step(validation_loss)
+    return scheduler
+
+
 def run_epoch(
     training: Training,
     network: nn.Module,
@@ -170,28 +182,33 @@ def run_epoch(
     data: FoldData,
     state: TrainingState,
     epoch: int,
-) -> float:
-    """One pass over the training rows in a fresh order, which the members of a fold share; the mean loss of its batches."""
-    order = torch.randperm(len(data.train_y), generator=generator_for(training.seed, SHUFFLE, state.fold, epoch))
-    batches = list(order.to(training.device).split(training.batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        # Batch norm over the samples has no statistics of a single one; it joins the batch before.
-        batches[-2:] = [torch.cat(batches[-2:])]
+) -> Tensor:
+    """One pass over the training rows; the mean loss of its batches, a scalar that the device need not have computed yet."""
     losses = []
     network.train()
     with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
         torch.manual_seed(seed_for(training.seed, DROPOUT, state.fold, state.member, epoch))
-        for rows in batches:
+        for rows in batches_of(training, data, state.fold, epoch):
             predicted = forward(network, data.train_x[rows], training.precision)
             loss = (predicted - data.train_y[rows]).abs().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
+    return torch.stack(losses).mean()
 
 
-def forward(network: nn.Module, x: Tensor, precision: str) -> Tensor:
+def batches_of(training: Training, data: FoldData, fold: int, epoch: int) -> list[Tensor]:
+    """The training rows of each batch of an epoch, in a fresh order that the members of a fold share."""
+    order = torch.randperm(len(data.train_y), generator=generator_for(training.seed, SHUFFLE, fold, epoch))
+    batches = list(order.to(training.device).split(training.batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        # Batch norm over the samples has no statistics of a single one; it joins the batch before.
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def forward(network: Callable[[Tensor], Tensor], x: Tensor, precision: str) -> Tensor:
     """Predictions (sample,) float32 of x (sample, channel, step).
 
     Raises:
@@ -235,7 +252,7 @@ def refuse_divergence(fold: int, kind: str, epoch: int) -> None:
     )
 
 
-def _restore(
+def restore(
     training: Training, state: TrainingState
 ) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler | ReduceLROnPlateau]:
     """Network, optimiser and schedule in the given state, of which they share nothing."""
