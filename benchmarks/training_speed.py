@@ -24,7 +24,8 @@ from utils.training import FoldData, Training, initial_state
 from utils.training_processes import training_processes
 
 ROWS, BATCH, NETWORKS = 315, 32, 5
-SECONDS = 6
+SECONDS = 6.0
+CPU = torch.device("cpu")
 FLAGS = main_operation.parser.parse_flags([])
 
 
@@ -83,15 +84,15 @@ def plain(processes: int) -> Callable[[int], float]:
     return way
 
 
-def bench(precision: str) -> Callable[[int], float]:
+def bench(precision: str, device: torch.device = CPU, seconds: float = SECONDS) -> Callable[[int], float]:
     """As in a run: networks shared among processes, for some seconds after each has done its first epoch."""
-    x, y = torch.randn(ROWS + 80, 10, 16), torch.randn(ROWS + 80)
+    x, y = torch.randn(ROWS + 80, 10, 16, device=device), torch.randn(ROWS + 80, device=device)
     data = {number: FoldData(x[:ROWS], y[:ROWS], x[ROWS:], y[ROWS:]) for number in range(1, NETWORKS + 1)}
 
     def make(seed: int) -> nn.Module:
         return make_network("ResNet18T", 10, 16, FLAGS, seed)
 
-    training = Training(make, recipe_for("ResNet18T", FLAGS), BATCH, 10**6, 0, 1, precision, torch.device("cpu"))
+    training = Training(make, recipe_for("ResNet18T", FLAGS), BATCH, 10**6, 0, 1, precision, device)
 
     def way(_: int) -> float:
         waiting = [initial_state(training, number, 0) for number in data]
@@ -106,7 +107,7 @@ def bench(precision: str) -> Callable[[int], float]:
 
             before = train_while(lambda: min(processes.epochs_done[1:]) == 0)
             started = time.perf_counter()
-            after = train_while(lambda: time.perf_counter() < started + SECONDS)
+            after = train_while(lambda: time.perf_counter() < started + seconds or sum(processes.epochs_done) == before)
             return (after - before) / (time.perf_counter() - started)
 
     return way

@@ -2,6 +2,7 @@
 """Says what the environment offers and what it lacks: versions, GPU, threads, Guild's home, TensorBoard's port.
 
 Inside the image: dockerfiles/launch.sh dockerfiles/self_check.py --gpu
+Ends with exit code 2 and a sentence for each thing that is missing; --gpu measures the training speed, too, if nothing is.
 """
 
 import argparse
@@ -10,14 +11,17 @@ import platform
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
-LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
+PROJECT = Path(__file__).resolve().parent.parent
+LOCK = PROJECT / "requirements.lock"
 
 
 def versions() -> str | None:
@@ -26,8 +30,10 @@ def versions() -> str | None:
     print(f"torch       {torch.__version__} (CUDA libraries: {torch.version.cuda or 'none'})")
     print(f"guild       {metadata.version('guildai')} ({shutil.which('guild') or 'not on PATH'})")
     installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version.partition("+")[0] for d in metadata.distributions()}
-    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
-    other = sorted(name for name in locked.keys() & installed.keys() if installed[name] != locked[name])
+    # The lock file is of every Python and system; a package may have a line for each.
+    locked = [Requirement(line) for line in re.findall(r"^[a-z0-9-]+==.+", LOCK.read_text(), re.MULTILINE)]
+    here = {one.name: one for one in locked if one.marker is None or one.marker.evaluate()}
+    other = sorted(name for name in here.keys() & installed.keys() if installed[name] not in here[name].specifier)
     if other:
         return f"{', '.join(other)}: not the versions of requirements.lock, install (or build the image) anew."
     return None if shutil.which("guild") else "The command guild is not on PATH."
@@ -82,9 +88,9 @@ def port(number: int) -> str | None:
 
 
 def main() -> None:
-    """Print what is there; exit with a sentence for each thing that is missing."""
+    """Print what is there; exit with a sentence for each thing that is missing, or with the training speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="fail where no GPU is visible")
+    parser.add_argument("--gpu", action="store_true", help="demand a GPU, and measure training on it (minutes)")
     parser.add_argument("--port", type=int, default=6006, help="TensorBoard's port (6006)")
     arguments = parser.parse_args()
 
@@ -93,7 +99,13 @@ def main() -> None:
     print(f"threads     {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} usable cores")
     print(f"/dev/shm    {shared.f_frsize * shared.f_blocks / 2**30:.1f} GiB")
     complaints = [versions(), gpu(arguments.gpu), guild_home(), port(arguments.port)]
-    sys.exit("\n".join(filter(None, complaints)) or None)
+    missing = [complaint for complaint in complaints if complaint]
+    if missing:
+        print("\n".join(missing), file=sys.stderr)
+        sys.exit(2)
+    if arguments.gpu:
+        sys.stdout.flush()
+        sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.gpu_speed"], cwd=PROJECT, check=False).returncode)
 
 
 if __name__ == "__main__":

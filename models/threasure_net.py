@@ -86,45 +86,13 @@ def convolutions(layers: nn.ModuleList) -> list[nn.Conv2d]:
     return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
 
 
-def pixel_rows(x: Tensor) -> Tensor:
-    """(image, channel, row, column) to (pixel, channel)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def pixel_images(rows: Tensor, like: Tensor) -> Tensor:
-    """(pixel, channel) to (image, channel, row, column), pixels as in `like`."""
-    return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-class _Fusion(torch.autograd.Function):
-    """Linear map of the channels of several parts together: one matrix product a part, summed in place.
-
-    A 1x1 convolution would have the parts concatenated, and PyTorch has no fast one for channels-last float32 on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, *parts)
-        first, *others = parts
-        maps = weight.to(first.dtype).split([part.shape[1] for part in parts], 1)
-        total = torch.addmm(bias.to(first.dtype), pixel_rows(first), maps[0].t())
-        for part, linear in zip(others, maps[1:], strict=True):
-            total.addmm_(pixel_rows(part), linear.t())
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        weight, *parts = ctx.saved_tensors
-        upstream = gradients[0]
-        maps = weight.to(upstream.dtype).split([part.shape[1] for part in parts], 1)
-        dparts = [pixel_images(upstream @ linear, part) for linear, part in zip(maps, parts, strict=True)]
-        dweight = torch.cat([pixel_rows(part).t() @ upstream for part in parts]).t()
-        return dweight.to(weight.dtype), upstream.sum(0).to(weight.dtype), *dparts
-
-
 def fuse(conv: nn.Conv2d, parts: Sequence[Tensor]) -> Tensor:
-    """1x1 convolution of (image, channel, row, column) parts put together along the channels, to (pixel, channel)."""
-    return _Fusion.apply(conv.weight.flatten(1), conv.bias, *parts)
+    """1x1 convolution of parts (image, channel, row, column) as if joined along the channels, which would copy them."""
+    first, *others = zip(parts, conv.weight.split([part.shape[1] for part in parts], 1), strict=True)
+    total = F.conv2d(*first, conv.bias)
+    for part, weight in others:
+        total += F.conv2d(part, weight)
+    return total
 
 
 def initialise_uniform(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, generator: torch.Generator) -> None:
@@ -181,7 +149,7 @@ class DenseBlock(nn.Module):
             # A copy, as the activation is kept for the backward pass and would keep the sums of later layers with it.
             features.append(F.leaky_relu_(total.clone(memory_format=torch.channels_last), LEAK))
         parts = [crop_like(feature, features[-1]) for feature in features]
-        return pixel_images(fuse(self.fusion, parts).add_(pixel_rows(parts[0])), parts[0])
+        return fuse(self.fusion, parts).add_(parts[0])
 
 
 class ResidualDenseNetwork(nn.Module):
@@ -218,7 +186,7 @@ class ResidualDenseNetwork(nn.Module):
             first = 2 + index * self.num_layers
             x = block(x, valid[first : first + self.num_layers])
             outputs.append(x)
-        x = pixel_images(fuse(self.fusion, [crop_like(output, x) for output in outputs]), x)
+        x = fuse(self.fusion, [crop_like(output, x) for output in outputs])
         x = conv3x3(x, self.conv_out.weight, self.conv_out.bias, valid[-1])
         return x.add_(crop_like(shallow, x))
 

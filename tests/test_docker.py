@@ -1,12 +1,16 @@
 """The image's recipe and scripts, without Docker: `dockerfiles/check_with_buildah.sh` builds the image and runs in it."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import PROJECT, environment
@@ -210,7 +214,58 @@ def test_self_check_finds_what_is_there(tmp_path: Path) -> None:
 
 def test_self_check_says_what_is_missing(tmp_path: Path) -> None:
     result = self_check("--gpu", guild_home=tmp_path / "absent")
-    assert result.returncode == 1
+    assert result.returncode == 2
     no_gpu, no_home = result.stderr.splitlines()
     assert "GPU" in no_gpu
     assert f"Guild's home {tmp_path}/absent cannot be written to" in no_home
+
+
+def test_self_check_without_a_gpu_says_so_in_one_sentence(tmp_path: Path) -> None:
+    result = self_check("--gpu", guild_home=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "GPU" in result.stderr
+    assert "network-epochs" not in result.stdout
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    """The self-check as a module."""
+    specification = importlib.util.spec_from_file_location("self_check", DOCKERFILES / "self_check.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_self_check_compares_versions_with_the_lines_of_this_python(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = metadata.version("numpy")
+    monkeypatch.setattr(script, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(script.shutil, "which", lambda _: "/usr/bin/guild")
+    of_this = f"numpy=={version} ; python_full_version >= '3.11'\n    # via pandas\n"
+    (tmp_path / "lock").write_text(f"{of_this}numpy==1.0 ; python_full_version < '3.11'\n    # via pandas\n")
+    assert script.versions() is None
+    (tmp_path / "lock").write_text("numpy==1.0\npandas==1.0 ; sys_platform == 'win32'\n")
+    assert script.versions().startswith("numpy: not the versions of requirements.lock")
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_self_check_measures_training_on_a_gpu_that_computes_rightly(
+    code: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the GPU; what is measured has tests of its own."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command[1:])
+        assert (options["cwd"] / command[2].replace(".", "/")).with_suffix(".py").is_file()
+        return subprocess.CompletedProcess(command, code)
+
+    for name in ("versions", "gpu", "guild_home", "port"):
+        monkeypatch.setattr(script, name, lambda *_: None)
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["self_check.py", "--gpu"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == code and started == [["-m", "benchmarks.gpu_speed"]]
