@@ -1,5 +1,6 @@
-"""Plots of operation main: legible at the width of a journal's column, complete, and whole on disk."""
+"""Plots of operation main: legible at the width of a journal's column, complete, and written whole or not at all."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ TARGET = "above-ground biomass of grasses and herbs (g per square metre of dry w
 
 
 def check_legible(figure: Figure) -> None:
-    """No text is smaller than 7 points or reaches beyond the plot."""
+    """No text is smaller than 7 points or extends beyond the plot, and no legend covers axes or their labels."""
     as_image(figure)  # lays the plot out
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     assert texts and min(float(text.get_fontsize()) for text in texts) >= 7
@@ -28,15 +29,17 @@ def check_legible(figure: Figure) -> None:
         box = text.get_window_extent()
         on_axis = figure.axes and text.get_clip_on()
         assert on_axis or (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1), text
+    axes = [box.padded(-1) for one in figure.axes if (box := one.get_tightbbox())]
+    assert not any(legend.get_window_extent().overlaps(box) for legend in figure.legends for box in axes)
 
 
 def written(figure: Figure) -> list[str]:
-    """What the legends of a plot say."""
+    """The entries of a plot's legends."""
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def points_of(figure: Figure) -> list[int]:
-    """How many points of each group a scatter plot shows."""
+    """The number of points of each group in a scatter plot."""
     return [len(np.asarray(points.get_offsets())) for points in figure.axes[0].collections]
 
 
@@ -50,7 +53,7 @@ def sample(groups: Sequence[str] | None, size: int = 60) -> tuple[Figure, NDArra
     return scatter(observed, predicted, groups, folds, title, TARGET), observed, predicted
 
 
-def test_scatter_gives_number_and_metrics_of_each_region_of_all_and_of_folds() -> None:
+def test_scatter_lists_metrics_by_region_pooled_and_over_folds() -> None:
     regions = np.array(["north", "south", "south"] * 20)
     figure, observed, predicted = sample(list(regions))
     check_legible(figure)
@@ -78,18 +81,18 @@ def test_scatter_pools_the_smallest_of_many_regions(count: int) -> None:
     figure, *_ = sample(regions)
     check_legible(figure)
     assert len(points_of(figure)) == MAX_GROUPS and sum(points_of(figure)) == 60
-    assert (f"other {count - MAX_GROUPS + 1} regions" in written(figure)) == (count > MAX_GROUPS)
+    assert (f"{count - MAX_GROUPS + 1} other regions" in written(figure)) == (count > MAX_GROUPS)
 
 
 def test_names_are_shown_as_they_are() -> None:
-    names = ["_north", "$a_b$", "per $"]
+    names = ["_north", "$a_b$", "other $"]
     figure, *_ = sample(names * 20)
     as_image(figure)
     assert set(names) < set(written(figure))
 
 
-def test_metrics_that_do_not_exist_are_dashes() -> None:
-    """Of a region of one plot, and of one where nothing grows."""
+def test_undefined_metrics_are_dashes() -> None:
+    """Those of a region with a single plot, and of one where nothing grows."""
     observed = np.array([1.0, 2.0, 3.0, 0.0, 0.0, 4.0])
     regions = ["a", "a", "a", "bare", "bare", "single"]
     figure = scatter(observed, observed + 1, regions, [score(observed, observed + 1)], "", "x")
@@ -99,7 +102,7 @@ def test_metrics_that_do_not_exist_are_dashes() -> None:
 
 
 def history(start: float, best: int, warmup_epochs: int = 5) -> list[dict[str, float]]:
-    """Falling training losses, and validations every ten epochs of which one is the best."""
+    """Decreasing training losses, and a validation every ten epochs, the best after `best` training epochs."""
     records = [{"epoch": epoch + 1.0, "loss_train": 3 + start / (epoch + 1) ** 2} for epoch in range(60 + warmup_epochs)]
     for epoch in (1, 10, 20, 30, 40, 50, 60):
         records[epoch + warmup_epochs - 1]["loss_val"] = 5 + abs(epoch - best) / 60
@@ -116,7 +119,7 @@ def test_losses_mark_the_best_epoch_of_each_fold_after_warm_up() -> None:
     assert written(figure) == ["fold 1", "fold 2", "training", "validation", "best validation", "warm-up"]
 
 
-def test_losses_of_first_epochs_and_of_perfect_training_do_not_squash_the_others() -> None:
+def test_extreme_losses_do_not_compress_the_others() -> None:
     records = history(1e9, 20)
     for record in records[20:]:
         record["loss_train"] = 1e-9
@@ -133,7 +136,10 @@ def test_losses_of_many_folds_and_few_epochs_are_legible(records: list[dict[str,
     assert len(styles) == 28
 
 
-def test_a_plot_is_saved_for_print_as_png_and_in_vectors(tmp_path: Path) -> None:
+def test_a_plot_is_saved_at_print_resolution_and_as_vector_graphics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     for name in ("one", "two"):
         figure, *_ = sample(["north", "south"] * 30)
         save_plot(figure, tmp_path / "sub" / name)
@@ -143,9 +149,10 @@ def test_a_plot_is_saved_for_print_as_png_and_in_vectors(tmp_path: Path) -> None
     assert content.startswith(b"%PDF") and b"/Subtype /Image" not in content and b"/FontFile2" in content
     assert content == (tmp_path / "sub" / "two.pdf").read_bytes()
     assert as_image(figure).shape[1] < 500
+    assert not caplog.records
 
 
-def test_very_many_points_are_an_image_within_the_pdf(tmp_path: Path) -> None:
+def test_very_many_points_are_rasterised_in_the_pdf(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=30_000)
     save_plot(scatter(values, values, None, [Scores(1, 1, 1, 1)], "", "x"), tmp_path / "many")
     content = (tmp_path / "many.pdf").read_bytes()

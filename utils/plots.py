@@ -1,7 +1,8 @@
-"""Plots of a run, drawn at the width of a journal's column: of 88 mm, or of 180 mm over both columns."""
+"""Plots of a run at the size of print: as wide as a journal's column (88 mm) or as both columns (180 mm)."""
 
 import contextlib
 import io
+import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, which is faint on white.
+# Okabe and Ito's colour-blind-safe palette without its yellow, which is faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "^", "s", "D")
 LINES = ("-", "--", "-.", ":")
 GREY = "0.6"
 MM = 1 / 25.4  # inches
-COLUMN, BOTH_COLUMNS = 88 * MM, 180 * MM  # widths of a plot, inches
-TABLE_ROW = 3.8 * MM  # height of a row of a table beneath a plot
+COLUMN, BOTH_COLUMNS = 88 * MM, 180 * MM  # widths of plots
+TABLE_ROW = 3.8 * MM  # height of a row of the table beneath a plot
 PRINT_DPI = 300
-SCREEN_DPI = 110  # of TensorBoard's copies
-MAX_GROUPS = 12  # told apart in a scatter plot; the smaller ones are pooled
-LOSS_RANGE = 30
-MAX_VECTOR_POINTS = 20_000  # of a scatter plot; more become an image inside the PDF
+SCREEN_DPI = 110  # of the copies in TensorBoard
+MAX_GROUPS = 12  # shown separately
+MAX_NAME = 24  # characters of a group's name
+MAX_VECTOR_POINTS = 20_000  # points of a scatter plot; more are rasterised in the PDF
+LOSS_RANGE = 30  # the axis of losses extends at most this factor beyond their medians
 
 STYLE: Any = {
     "axes.labelsize": 8,
@@ -54,7 +56,7 @@ STYLE: Any = {
 
 @contextlib.contextmanager
 def paper_style() -> Iterator[None]:
-    """Text of 7 and 8 points and thin lines; for drawing and for saving, since Matplotlib draws ticks only then."""
+    """Text of 7 and 8 points and thin lines. Needed for saving too, since Matplotlib creates ticks only then."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -62,7 +64,7 @@ def paper_style() -> Iterator[None]:
 
 
 def wrapped(text: str, characters: int) -> str:
-    """Text with its lines broken after so many characters at most."""
+    """Text with lines of at most so many characters."""
     return "\n".join(textwrap.fill(line, characters) for line in text.splitlines())
 
 
@@ -70,32 +72,32 @@ def wrapped(text: str, characters: int) -> str:
 def scatter(
     observed: NDArray[np.float64],
     predicted: NDArray[np.float64],
-    groups: Sequence[str] | None,
+    regions: Sequence[str] | None,
     folds: Sequence[Scores],
     title: str,
     target: str,
 ) -> "Figure":
-    """Predictions against observations with the 1:1 line and, beneath, n, r2 and RRMSE of each group, of all and of folds.
+    """Predicted against observed values and the 1:1 line, above a table of metrics by region, of all rows and over folds.
 
     Args:
         observed: (sample,).
         predicted: (sample,).
-        groups: region of each sample, if there are regions.
-        folds: metrics of each fold, of which mean and standard deviation are given.
-        title: of the plot.
-        target: name and unit of what is predicted.
+        regions: of each sample; None if the table has none.
+        folds: metrics of each fold; the table shows their mean and standard deviation.
+        title: title of the plot.
+        target: name and unit of the target.
     """
     from matplotlib.figure import Figure
 
-    names = np.array(pooled_groups(groups) if groups is not None else ["all"] * len(observed))
-    shown = sorted(set(names), key=lambda name: (name.startswith("other "), name))
+    names, others = pool_small_groups(regions) if regions is not None else (["all"] * len(observed), "")
+    shown = sorted(set(names), key=lambda name: (name == others, name))
     rows: list[tuple[Artist | None, Sequence[str]]] = []
-    figure = Figure(figsize=(COLUMN, COLUMN + 2 * TABLE_ROW + TABLE_ROW * (len(shown) + 3)))
+    figure = Figure(figsize=(COLUMN, COLUMN + TABLE_ROW * (len(shown) + 5)))
     axes = figure.add_subplot()
     for index, name in enumerate(shown):
-        chosen = names == name
+        chosen = np.array(names) == name
         style: dict[str, Any] = {
-            "color": GREY if name.startswith("other ") else COLOURS[index % len(COLOURS)],
+            "color": GREY if name == others else COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
             "rasterized": len(observed) > MAX_VECTOR_POINTS,
         }
@@ -103,8 +105,11 @@ def scatter(
         rows.append((points, table_row(name, observed[chosen], predicted[chosen])))
     if len(shown) > 1:
         rows.append((None, table_row("all, pooled", observed, predicted)))
-    means = [f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in zip(*folds, strict=True)]
-    rows.append((None, [f"mean ± sd of {len(folds)} folds", "", *means[:2]]))
+    over_folds = [[one.r2 for one in folds], [one.rrmse for one in folds]]
+    means = [
+        f"{number_or_dash(float(np.mean(one)), '.3f')} ± {number_or_dash(float(np.std(one)), '.3f')}" for one in over_folds
+    ]
+    rows.append((None, [f"mean ± sd of {len(folds)} folds", "", *means]))
     low, high = min(observed.min(), predicted.min()), max(observed.max(), predicted.max())
     margin = 0.04 * (high - low) or 1
     add_identity_line(axes, (low - margin, high + margin))
@@ -125,41 +130,43 @@ def add_identity_line(axes: "Axes", limits: tuple[float, float]) -> None:
     axes.annotate("1:1", (1, 1), (-12, -4), "axes fraction", "offset points", **end)
 
 
-def pooled_groups(groups: Sequence[str]) -> list[str]:
-    """Groups of samples, the smaller of more than `MAX_GROUPS` as one."""
+def pool_small_groups(groups: Sequence[str]) -> tuple[list[str], str]:
+    """Groups of samples, the smallest of more than `MAX_GROUPS` pooled, and the name of the pool, if any."""
     names, counts = np.unique(np.array(groups), return_counts=True)
     if len(names) <= MAX_GROUPS:
-        return list(groups)
+        return list(groups), ""
     kept = set(names[np.argsort(-counts, kind="stable")][: MAX_GROUPS - 1])
-    return [name if name in kept else f"other {len(names) - len(kept)} regions" for name in groups]
+    others = f"{len(names) - len(kept)} other regions"
+    return [name if name in kept else others for name in groups], others
 
 
 def table_row(name: str, observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> list[str]:
     """Name, number and metrics of samples (sample,), pooled over folds."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # observations whose mean is 0 have no relative error
+    with np.errstate(divide="ignore", invalid="ignore"):  # observations with a mean of 0 have no relative error
         one = score(observed, predicted)
-    return [wrapped(name, 24), f"{len(observed):,}", *(number_or_dash(value, ".3f") for value in (one.r2, one.rrmse))]
+    short = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+    return [short, f"{len(observed):,}", *(number_or_dash(value, ".3f") for value in (one.r2, one.rrmse))]
 
 
 def number_or_dash(value: float, form: str) -> str:
-    """A number of a table, or a dash where there is none."""
+    """A formatted number, or a dash if it is not finite."""
     return format(value, form).replace("-", "−") if np.isfinite(value) else "–"
 
 
 def add_table(
     figure: "Figure", header: Sequence[str], rows: Sequence[tuple["Artist | None", Sequence[str]]], title: str
 ) -> None:
-    """Add a table beneath a plot, which is its legend as well.
+    """Add a table beneath a plot that is also its legend.
 
     Args:
-        figure: to add to.
-        header: of each column.
-        rows: what marks the row in the plot, if anything, and the text of each column.
-        title: a line above.
+        figure: the plot.
+        header: heading of each column.
+        rows: for each row, its mark in the plot, if any, and the text of each column.
+        title: line above the table.
     """
     from matplotlib.lines import Line2D
 
-    # A legend fills its columns one after the other, so that it is a table where each column is as long.
+    # A legend is filled column by column, so with equally many entries in each it is a table.
     blank = Line2D([], [], linestyle="none")
     first = [blank, *(mark or blank for mark, _ in rows)]
     handles = [*first, *[blank] * (len(header) - 1) * len(first)]
@@ -169,7 +176,8 @@ def add_table(
         "handletextpad": 0.3,
         "columnspacing": 0.2,
         "labelspacing": 0.25,
-        "borderaxespad": 0.2,
+        "borderaxespad": 0,
+        "borderpad": 0.8,
     }
     figure.legend(handles, labels, ncols=len(header), loc="outside lower center", title=title, **options)
 
@@ -178,13 +186,13 @@ def add_table(
 def losses(
     histories: Sequence[tuple[int, Sequence[Mapping[str, float]]]], warmup_epochs: int, title: str, target: str
 ) -> "Figure":
-    """Training and validation loss of each fold by epoch, on a logarithmic axis, with each fold's best validation.
+    """Training and validation losses of each fold on a logarithmic axis, with the best validation of each marked.
 
     Args:
-        histories: fold number and its records with `epoch`, `loss_train` and, where validated, `loss_val`.
-        warmup_epochs: of the records; the axis counts the epochs after them.
-        title: of the plot.
-        target: name and unit of what is predicted, and thus of the loss.
+        histories: number of each fold and its records, one an epoch: `epoch`, `loss_train` and, if validated, `loss_val`.
+        warmup_epochs: number of warm-up epochs; the axis counts from their end.
+        title: title of the plot.
+        target: name and unit of the target.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -194,6 +202,8 @@ def losses(
     figure = Figure(figsize=(BOTH_COLUMNS, 82 * MM))
     axes = figure.add_subplot()
     legend: list[Artist] = []
+    validation: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "markersize": 3}
+    star: dict[str, Any] = {"marker": "*", "markersize": 8, "markeredgecolor": "black", "markeredgewidth": 0.6}
     for index, (number, history) in enumerate(histories):
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
@@ -204,10 +214,10 @@ def losses(
         axes.plot(epochs, [r["loss_train"] for r in history], **style, linewidth=0.5, alpha=0.6, marker=marker, markersize=2)
         validated = [(r["epoch"] - warmup_epochs, r["loss_val"]) for r in history if "loss_val" in r]
         if validated:
-            axes.plot(*zip(*validated, strict=True), **style, linewidth=1.4, marker=".", markersize=3)
+            axes.plot(*zip(*validated, strict=True), **style, **validation)
             best = min(validated, key=lambda record: record[1])
-            axes.plot(*best, color=style["color"], marker="*", markersize=9, markeredgecolor="black", markeredgewidth=0.6)
-        legend.append(Line2D([], [], **style, linewidth=1.4, label=f"fold {number}"))
+            axes.plot(*best, color=style["color"], zorder=3, **star)  # above the lines of all folds
+        legend.append(Line2D([], [], **style, linewidth=1.2, label=f"fold {number}"))
     limits = loss_limits([history for _, history in histories])
     if limits:
         axes.set_yscale("log")
@@ -218,8 +228,7 @@ def losses(
     axes.margins(x=0.01)
     axes.set(xlabel="epoch", ylabel=wrapped(f"L1 loss: mean absolute error of {target}", 34))
     legend.append(Line2D([], [], color="black", linewidth=0.5, label="training"))
-    legend.append(Line2D([], [], color="black", linewidth=1.4, marker=".", markersize=3, label="validation"))
-    star: dict[str, Any] = {"marker": "*", "markersize": 9, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    legend.append(Line2D([], [], color="black", **validation, label="validation"))
     legend.append(Line2D([], [], color="white", linestyle="none", **star, label="best validation"))
     if warmup_epochs > 0:
         axes.set_xlabel("epoch after warm-up")
@@ -231,10 +240,10 @@ def losses(
 
 
 def loss_limits(histories: Sequence[Sequence[Mapping[str, float]]]) -> tuple[float, float] | None:
-    """Limits of a logarithmic axis of losses, none if all are 0.
+    """Limits of a logarithmic axis of losses; None if all losses are 0.
 
-    Losses of the first epochs may be larger than all others by powers of ten, and those of training smaller than those of
-    validation: what is more than `LOSS_RANGE` times beyond both medians is beyond the axis.
+    The first epochs may be worse than all others by orders of magnitude, and training losses may vanish. So that neither
+    compresses the rest, the axis spans no more than from the smaller median / `LOSS_RANGE` to the larger x `LOSS_RANGE`.
     """
     kinds = [
         [r[name] for history in histories for r in history if r.get(name, 0) > 0] for name in ("loss_train", "loss_val")
@@ -248,7 +257,9 @@ def loss_limits(histories: Sequence[Sequence[Mapping[str, float]]]) -> tuple[flo
 
 @paper_style()
 def save_plot(figure: "Figure", path: Path) -> None:
-    """Write a plot whole as `path` with .png, for screens and slides, and with .pdf, in vectors."""
+    """Write a plot as `path`.png and as vector graphics to `path`.pdf, both whole or not at all."""
+    # Under Guild, which logs all information, embedding a font would print 30 lines.
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     with whole_file(path.with_suffix(".png")) as png, whole_file(path.with_suffix(".pdf")) as pdf:
         figure.savefig(png, format="png", dpi=PRINT_DPI)
         figure.savefig(pdf, format="pdf", dpi=PRINT_DPI, metadata={"CreationDate": None})
@@ -256,7 +267,7 @@ def save_plot(figure: "Figure", path: Path) -> None:
 
 @paper_style()
 def as_image(figure: "Figure") -> NDArray[Any]:
-    """The plot as (row, column, channel) bytes, for TensorBoard."""
+    """A plot as (row, column, channel) uint8 for TensorBoard."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -56,10 +56,10 @@ class Scene(NamedTuple):
 
 
 def true_colour(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(band, row, column) to (row, column, 4): red, green, blue and opacity in 0..1.
+    """Red, green, blue and opacity (row, column, 4), from 0 to 1, of an image (band, row, column).
 
-    The three bands share a stretch between the 2nd and 98th percentiles of their valid pixels, which keeps hues. A pixel
-    without any one of the three is transparent.
+    One stretch from the 2nd to the 98th percentile of the valid pixels of all three bands, which preserves hues. A pixel
+    that lacks any of the three is transparent.
     """
     colours = np.moveaxis(image[list(TRUE_COLOUR)], 0, 2)
     valid: NDArray[np.bool_] = np.asarray(np.isfinite(colours).all(2))
@@ -70,25 +70,25 @@ def true_colour(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([stretched, valid[..., None]], 2, dtype=np.float32)
 
 
-def end_of_scale(windows: list[Scene]) -> float:
-    """The height, m, at which the colour scale of references and predictions ends: few reference pixels are taller."""
+def height_limit(windows: list[Scene]) -> float:
+    """Upper limit (m) of the colour scale of heights: the largest 99th percentile of a reference, rounded up."""
     tallest = max(float(np.percentile(window.reference, 99)) for window in windows)
     return HEIGHT_STEP * max(1, math.ceil(tallest / HEIGHT_STEP))
 
 
 @paper_style()
 def scenes(windows: list[Scene], title: str) -> "Figure":
-    """A row a window: image in true colour, reference, prediction and error.
+    """True-colour image, reference, prediction and error, one window a row.
 
-    References and predictions share one colour scale; that of errors is centred at 0 and ends at a third of it.
+    References and predictions share one colour scale. The scale of errors is centred at 0 and reaches a third as far.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     figure = Figure(figsize=(BOTH_COLUMNS, (43 * len(windows) + 27) * MM))
-    places = figure.add_gridspec(len(windows) + 1, 4, height_ratios=[*[1.0] * len(windows), 0.04])
-    grid = [[figure.add_subplot(places[row, column]) for column in range(4)] for row in range(len(windows))]
-    tallest = end_of_scale(windows)
+    cells = figure.add_gridspec(len(windows) + 1, 4, height_ratios=[*[1.0] * len(windows), 0.04])
+    grid = [[figure.add_subplot(cells[row, column]) for column in range(4)] for row in range(len(windows))]
+    tallest = height_limit(windows)
     for (image, reference, predicted, errors), window in zip(grid, windows, strict=True):
         rows, columns = (size * window.resolution for size in window.reference.shape)
         place: dict[str, Any] = {"extent": (0, columns, rows, 0), "interpolation": "nearest"}
@@ -109,8 +109,8 @@ def scenes(windows: list[Scene], title: str) -> "Figure":
         axes.set_title(name, fontsize=8)
     bar: dict[str, Any] = {"orientation": "horizontal"}
     label = "height (m); LiDAR: 0 where there is no tall vegetation"
-    figure.colorbar(heights_shown, cax=figure.add_subplot(places[-1, 1:3]), label=label, extend="max", **bar)
-    figure.colorbar(errors_shown, cax=figure.add_subplot(places[-1, 3]), label="error (m)", extend="both", **bar)
+    figure.colorbar(heights_shown, cax=figure.add_subplot(cells[-1, 1:3]), label=label, extend="max", **bar)
+    figure.colorbar(errors_shown, cax=figure.add_subplot(cells[-1, 3]), label="error (m)", extend="both", **bar)
     legend = [Patch(facecolor=NO_VEGETATION, label="no tall vegetation")]
     if any(np.isnan(window.image[list(TRUE_COLOUR)]).any() for window in windows):
         legend.append(Patch(**MISSING, label="no image data"))
@@ -120,7 +120,7 @@ def scenes(windows: list[Scene], title: str) -> "Figure":
 
 
 def add_scale_bar(axes: "Axes", columns: float, rows: float) -> None:
-    """Draw the longest bar of `SCALE_BARS` that is shorter than half of a window of so many metres."""
+    """Draw the longest of `SCALE_BARS` that is shorter than half the width of a window, whose sides are in metres."""
     from matplotlib.patheffects import Normal, withStroke
 
     bar = next((length for length in SCALE_BARS if length < columns / 2), SCALE_BARS[-1])
@@ -133,19 +133,19 @@ def add_scale_bar(axes: "Axes", columns: float, rows: float) -> None:
 
 @paper_style()
 def density_scatter(counts: NDArray[np.int64], scores: dict[str, dict[str, float]], title: str) -> "Figure":
-    """Pixels by LiDAR and predicted height, with their number and metrics beneath, of each tile where there are several.
+    """Density of pixels by LiDAR and predicted height, above a table of metrics of all pixels and of the largest tiles.
 
     Args:
-        counts: (bin, bin) pixels by LiDAR (row) and predicted (column) height, `BIN` metres a bin.
+        counts: (bin, bin) number of pixels by LiDAR (row) and predicted (column) height, in bins of `BIN` metres.
         scores: metrics of `all` and of each `tile ...`.
-        title: of the plot.
+        title: title of the plot.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     tiles = sorted((name for name in scores if name.startswith("tile ")), key=lambda name: -scores[name]["pixels"])
     shown = ["all", *(tiles[:MAX_GROUPS] if len(tiles) > 1 else [])]
-    figure = Figure(figsize=(COLUMN, 82 * MM + TABLE_ROW * (len(shown) + 2)))
+    figure = Figure(figsize=(COLUMN, 82 * MM + TABLE_ROW * (len(shown) + 3)))
     axes = figure.add_subplot()
     filled = np.flatnonzero(counts.sum(0) + counts.sum(1))
     end = BIN * (filled.max() + 1) if len(filled) else BIN
@@ -167,13 +167,15 @@ def density_scatter(counts: NDArray[np.int64], scores: dict[str, dict[str, float
     for name in shown:
         metrics = [number_or_dash(scores[name][metric], ".2f") for metric in ("r2", "mae", "rmse", "bias")]
         rows.append((None, [name.removeprefix("tile "), f"{scores[name]['pixels']:,.0f}", *metrics]))
+    if len(tiles) > MAX_GROUPS:
+        rows.append((None, [f"and {len(tiles) - MAX_GROUPS} more tiles", *[""] * (len(header) - 1)]))
     add_table(figure, header, rows, "R²: coefficient of determination; bias: predicted − LiDAR")
     return figure
 
 
 @paper_style()
 def error_by_class(scores: dict[str, dict[str, float]], classes: list[str], title: str) -> "Figure":
-    """Mean absolute error and bias of each height class, with its number of pixels."""
+    """Mean absolute error, bias and number of pixels of each height class."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -197,7 +199,7 @@ def error_by_class(scores: dict[str, dict[str, float]], classes: list[str], titl
 
 
 def of_test(evaluation: "Evaluation", title: str) -> dict[str, "Figure"]:
-    """The plots of a test by name of their files."""
+    """The plots of a test by file name."""
     return {
         "scatter": density_scatter(evaluation.histogram, evaluation.scores, title),
         "height_classes": error_by_class(evaluation.scores, class_names(), title),
