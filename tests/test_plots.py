@@ -29,8 +29,8 @@ def check_legible(figure: Figure) -> None:
         box = text.get_window_extent()
         on_axis = figure.axes and text.get_clip_on()
         assert on_axis or (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1), text
-    axes = [box.padded(-1) for one in figure.axes if (box := one.get_tightbbox())]
-    assert not any(legend.get_window_extent().overlaps(box) for legend in figure.legends for box in axes)
+    drawn = [extent.padded(-1) for axes in figure.axes if (extent := axes.get_tightbbox())]
+    assert not any(legend.get_window_extent().overlaps(extent) for legend in figure.legends for extent in drawn)
 
 
 def written(figure: Figure) -> list[str]:
