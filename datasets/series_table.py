@@ -560,6 +560,20 @@ def describe(table: Table, samples: Samples) -> str:
     return ", ".join(parts) + f", ignored columns: {ignored}"
 
 
+def warnings_about(samples: Samples) -> list[str]:
+    """Sentences about values far off and rows that repeat."""
+    sentences = []
+    far_off = [f"{band} {count} (such as {value:g})" for band, (count, value) in samples.far_off.items()]
+    if far_off:
+        sentences.append(
+            f"Values more than {FAR_OFF} interquartile ranges beyond their band's or column's quartiles: "
+            f"{', '.join(far_off)}; they are used as they are, nodata=... takes a number as missing"
+        )
+    if samples.repeated:
+        sentences.append(f"Rows that repeat another in all that is used: {samples.repeated}")
+    return sentences
+
+
 def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> list[Split]:
     """Cross-validation folds.
 

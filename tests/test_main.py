@@ -111,7 +111,7 @@ def test_flags_that_a_model_does_not_read_are_told(
     run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
 ) -> None:
     for name in ("train_networks", "fit_estimators", "report_results"):
-        monkeypatch.setattr(main, name, lambda _: None)
+        monkeypatch.setattr(main, name, lambda *_: None)
     lines = [line for line in lines_of(run_main("dataset=demo", *flags).stdout) if "Without effect" in line]
     assert lines == ([f"[*] {said}"] if said else [])
 
