@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes that share the cores would wait for one another's threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import meta_device
 import torch
 
 import main
@@ -161,3 +162,11 @@ def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def meta_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Stands for `torch.autocast`, which refuses the meta device."""
+    with meta_device.Autocast() as mode:
+        monkeypatch.setattr(torch, "autocast", mode.switch)
+        yield mode.switch

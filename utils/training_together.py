@@ -68,7 +68,7 @@ def train_together(
     records: list[list[dict[str, float]]] = [[] for _ in states]
     for epoch in range(states[0].epoch, until):
         scheduler = set_learning_rate(training, optimizer, scheduler, epoch, states[0].validation_loss)
-        losses = _run_epoch(training, networks[0], parameters, buffers, optimizer, states, data, epoch).tolist()
+        losses = run_epoch_together(training, networks[0], parameters, buffers, optimizer, states, data, epoch).tolist()
         for state, loss, own in zip(states, losses, records, strict=True):
             if not math.isfinite(loss):
                 refuse_divergence(state.fold, "training", epoch + 1)
@@ -88,7 +88,7 @@ def train_together(
     return segments
 
 
-def _run_epoch(
+def run_epoch_together(
     training: Training,
     network: nn.Module,
     parameters: dict[str, Tensor],
@@ -117,13 +117,14 @@ def _run_epoch(
                 members = [index for index, own in enumerate(sizes) if own == size]
                 x = torch.stack([data[index].train_x[batches[index][step]] for index in members])
                 y = torch.stack([data[index].train_y[batches[index][step]] for index in members])
-                some = {name: tensor[members] for name, tensor in buffers.items()}
-                predicted = batched({name: tensor[members] for name, tensor in parameters.items()}, some, x)
+                chosen = slice(None) if len(members) == len(sizes) else torch.tensor(members, device=training.device)
+                state = {name: tensor[chosen] for name, tensor in buffers.items()}
+                predicted = batched({name: tensor[chosen] for name, tensor in parameters.items()}, state, x)
                 loss = (predicted - y).abs().mean(1)
                 loss.sum().backward()
-                losses[step, members] = loss.detach().float()
-                for name, tensor in some.items():
-                    buffers[name][members] = tensor
+                losses[step, chosen] = loss.detach().float()
+                for name, tensor in state.items():
+                    buffers[name][chosen] = tensor
             optimizer.step()
     return losses.mean(0)
 
