@@ -37,4 +37,5 @@ def compare_rates(ways: dict[str, Callable[[int], float]], rounds: int, unit: st
     print(f"{'':<{width}} {'median':>8} {'min':>8} {'max':>8} {'ratio':>8}   {unit}/s, {rounds} rounds")
     for name, values in rates.items():
         median = statistics.median(values)
-        print(f"{name:<{width}} {median:>8.1f} {min(values):>8.1f} {max(values):>8.1f} {median / first:>8.1f}")
+        measured = " ".join(f"{rate:>8.{1 if rate >= 10 else 3}f}" for rate in (median, min(values), max(values)))
+        print(f"{name:<{width}} {measured} {median / first:>8.1f}")

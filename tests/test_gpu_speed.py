@@ -36,7 +36,7 @@ def test_both_operations_are_reported_beside_the_cpu(
 
     def rate(device: torch.device, precision: str, windows: int) -> float:
         asked.append((str(device), precision, windows))
-        return 10.0 if device == CPU else 50.0
+        return 0.125 if device == CPU else 50.0
 
     monkeypatch.setattr(gpu_speed, "choose_device", lambda _: gpu)
     monkeypatch.setattr(gpu_speed, "fast_bf16", lambda device: device == gpu)
@@ -51,5 +51,6 @@ def test_both_operations_are_reported_beside_the_cpu(
     }
     said = capsys.readouterr().out
     assert "network-epochs/s" in said and "samples/s" in said
+    assert "0.125" in said
     lines = [line.split() for line in said.splitlines() if line.startswith("a GPU, bf16")]
-    assert [line[3:] for line in lines] == [["50.0", "50.0", "50.0", "5.0"]] * 2
+    assert [line[3:] for line in lines] == [["50.0", "50.0", "50.0", "400.0"]] * 2
