@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.runs import say
-from utils.training import FoldData, Segment, Training, TrainingState, refuse_divergence, weights_of
+from utils.training import FoldData, Segment, Training, TrainingState, refuse_divergence
 from utils.training_processes import TrainingProcesses
 
 SECONDS_BETWEEN_LOOKS = 0.2  # at the networks in training, for the progress bar
@@ -107,7 +107,7 @@ class FoldRecord:
         self.validations_without_best += 1
         if loss < self.best_loss:
             self.best_loss, self.best_epoch, self.validations_without_best = loss, self.last_epoch, 0
-            self.best = weights_of(self.members)
+            self.best = [{name: tensor.clone() for name, tensor in one.network.items()} for one in self.members]
 
 
 def epochs_done(folds: Sequence[FoldRecord]) -> int:

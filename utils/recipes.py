@@ -96,3 +96,36 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int
     if recipe.schedule == "constant":
         return LambdaLR(optimizer, lambda _: 1.0)
     raise ValueError(f"unknown schedule {recipe.schedule!r}")
+
+
+def set_learning_rate(
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | ReduceLROnPlateau,
+    epoch: int,
+    warmup_epochs: int,
+    epochs: int,
+    validation_loss: float,
+) -> LRScheduler | ReduceLROnPlateau:
+    """Set the learning rate of an epoch.
+
+    Args:
+        recipe: of the training.
+        optimizer: whose rate it is.
+        scheduler: in force; without effect in warm-up.
+        epoch: from 0, warm-up included.
+        warmup_epochs: of linearly rising rate.
+        epochs: after them.
+        validation_loss: the latest, by which plateau schedules go.
+
+    Returns:
+        The scheduler in force from this epoch on.
+    """
+    if epoch < warmup_epochs:
+        warm_up(optimizer, recipe, epoch, warmup_epochs)
+    elif epoch == warmup_epochs:
+        return make_scheduler(recipe, optimizer, epochs)
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        # Before an epoch, not after it as other schedules, for the validation between may be that of an ensemble's mean.
+        scheduler.step(validation_loss)
+    return scheduler

@@ -7,7 +7,7 @@ after an interruption, and ensembles, resuming and sharing among processes need 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from utils.errors import InputError
-from utils.recipes import Recipe, make_optimizer, make_scheduler, warm_up
+from utils.recipes import Recipe, make_optimizer, make_scheduler, set_learning_rate
 from utils.seeds import DROPOUT, INITIAL_WEIGHTS, SHUFFLE, generator_for, seed_for
 
 PREDICTION_ROWS = 1024  # predicted at once
@@ -142,7 +142,9 @@ def train(
     network, optimizer, scheduler = restore(training, state)
     records = []
     for epoch in range(state.epoch, until):
-        scheduler = set_learning_rate(training, optimizer, scheduler, epoch, state.validation_loss)
+        scheduler = set_learning_rate(
+            training.recipe, optimizer, scheduler, epoch, training.warmup_epochs, training.epochs, state.validation_loss
+        )
         loss = float(run_epoch(training, network, optimizer, data, state, epoch))
         if not math.isfinite(loss):
             refuse_divergence(state.fold, "training", epoch + 1)
@@ -155,24 +157,6 @@ def train(
     schedule = scheduler.state_dict() if until > training.warmup_epochs else {}
     after = state._replace(epoch=until, network=network.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule)
     return Segment(after, records, validation, time.perf_counter() - started)
-
-
-def set_learning_rate(
-    training: Training,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | ReduceLROnPlateau,
-    epoch: int,
-    validation_loss: float,
-) -> LRScheduler | ReduceLROnPlateau:
-    """Set the rate of an epoch, counted from 0 with warm-up included; the schedule in force from then on."""
-    if epoch < training.warmup_epochs:
-        warm_up(optimizer, training.recipe, epoch, training.warmup_epochs)
-    elif epoch == training.warmup_epochs:
-        return make_scheduler(training.recipe, optimizer, training.epochs)
-    elif isinstance(scheduler, ReduceLROnPlateau):
-        # Only here, for it goes by the validation after the epoch before, which the ensemble's mean decides.
-        scheduler.step(validation_loss)
-    return scheduler
 
 
 def run_epoch(
@@ -270,8 +254,3 @@ def restore(
             for name, value in values.items():
                 values[name] = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
     return network, optimizer, scheduler
-
-
-def weights_of(members: Sequence[TrainingState]) -> list[dict[str, Tensor]]:
-    """Copies of the weights and buffers of a fold's members."""
-    return [{name: tensor.clone() for name, tensor in member.network.items()} for member in members]

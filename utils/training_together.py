@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from utils.recipes import make_optimizer, make_scheduler
+from utils.recipes import make_optimizer, make_scheduler, set_learning_rate
 from utils.seeds import DROPOUT, seed_for
 from utils.training import (
     FoldData,
@@ -27,7 +27,6 @@ from utils.training import (
     predict,
     refuse_divergence,
     restore,
-    set_learning_rate,
 )
 
 
@@ -67,7 +66,9 @@ def train_together(
         optimizer.load_state_dict(_stack_optimizers([state.optimizer for state in states]))
     records: list[list[dict[str, float]]] = [[] for _ in states]
     for epoch in range(states[0].epoch, until):
-        scheduler = set_learning_rate(training, optimizer, scheduler, epoch, states[0].validation_loss)
+        scheduler = set_learning_rate(
+            training.recipe, optimizer, scheduler, epoch, training.warmup_epochs, training.epochs, states[0].validation_loss
+        )
         losses = run_epoch_together(training, networks[0], parameters, buffers, optimizer, states, data, epoch).tolist()
         for state, loss, own in zip(states, losses, records, strict=True):
             if not math.isfinite(loss):
