@@ -25,7 +25,7 @@ from datasets.canopy.demo import demo_root
 from datasets.canopy.splits import Splits, load_splits
 from datasets.canopy.tiles import Batch, CanopyPatches, collate, in_metres, standardise, tile_of
 from models.pixel_baselines import PixelWindow, pixel_features, score_baselines
-from models.threasure_net import ENCODERS, UPSAMPLINGS, Prediction, ThreasureNet
+from models.threasure_net import ENCODERS, UPSAMPLINGS, Prediction, make_network
 from utils import processes
 from utils.canopy import plots, training
 from utils.canopy.evaluation import Evaluation, EvaluationCollector
@@ -195,12 +195,6 @@ def load_data(flags: dict[str, Any], cache: str, margin: int, log: Callable[[str
     names = ("angles", "mask", "resolution", "lidar_resolution", "batch_size", "accumulate", "window", "max_dates")
     rest = {name: flags[name] for name in (*names, "statistics", "seed")}
     return load_splits(root, folder, tiles, log, limits=limits, margin=margin, **rest)
-
-
-def make_network(flags: dict[str, Any], channels_in: int) -> ThreasureNet:
-    """The network that the flags describe, not initialised."""
-    names = ("encoder", "num_rdb", "num_dense_layers", "growth_channels", "channels", "upsampling")
-    return ThreasureNet(flags["resolution"], channels_in, **{name: flags[name] for name in names})
 
 
 @dataclass

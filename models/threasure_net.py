@@ -18,7 +18,7 @@ What makes it fast, measured by `benchmarks.canopy_speed` against the same netwo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ ICNR_NOISE = 1e-3
 INFERENCE_PIXELS = 2**17
 """Input pixels encoded at once where no gradient is kept."""
 UNET_MARGIN = 32
+UNET_REACH = 112
+"""Input pixels that an output pixel of the U-Net depends on to each side: 105, upsampling included 107, rounded up."""
 
 
 class Prediction(NamedTuple):
@@ -449,6 +451,16 @@ class ThreasureNet(nn.Module):
             receptive_field += self.upsampling.receptive_field
         return 8 * math.ceil(receptive_field / (8 * self.factor))
 
+    @property
+    def reach(self) -> int:
+        """Input pixels to cut at each side so that an output pixel is the same in whatever window it is computed."""
+        return UNET_REACH if isinstance(self.encoder, UNet) else self.margin
+
+    @property
+    def alignment(self) -> int:
+        """What the first row and column of a window must be multiples of for that."""
+        return self.encoder.grid if isinstance(self.encoder, UNet) else 1
+
     def initialise(self, generator: torch.Generator) -> None:
         """Draw the initial weights, which depend on the generator (of the weights' device) alone."""
         for part in (self.encoder, self.attention, self.upsampling, self.head):
@@ -503,3 +515,9 @@ class ThreasureNet(nn.Module):
             return self.encoder(images, inset)
         at_once = max(1, INFERENCE_PIXELS // (images.shape[2] * images.shape[3]))
         return torch.cat([self.encoder(some, inset) for some in images.split(at_once)])
+
+
+def make_network(flags: Mapping[str, Any], channels_in: int) -> ThreasureNet:
+    """The network that a run's flags describe, not initialised."""
+    names = ("encoder", "num_rdb", "num_dense_layers", "growth_channels", "channels", "upsampling")
+    return ThreasureNet(flags["resolution"], channels_in, **{name: flags[name] for name in names})

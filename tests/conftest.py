@@ -109,6 +109,15 @@ def run_canopy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     return _in_process("canopy", tmp_path, monkeypatch, capsys)
 
 
+@pytest.fixture
+def run_canopy_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run canopy_map.py in this process, alone unless the test says otherwise."""
+    run = _in_process("canopy_map", tmp_path, monkeypatch, capsys)
+    return lambda *flags: run(*([] if any(flag.startswith("workers=") for flag in flags) else ["workers=1"]), *flags)
+
+
 @pytest.fixture(scope="session")
 def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root of few simulated squares: one tile, two for training, one each for validation and test."""

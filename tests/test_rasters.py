@@ -1,6 +1,7 @@
 """Maps by windows: any size of window, any workers, killed and continued, to the same pixels."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -17,11 +18,23 @@ from conftest import on_path, wait_for
 from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio.crs import CRS
+from rasterio.warp import transform_geom
 from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
 from utils.errors import InputError
-from utils.rasters import BLOCKS, IDENTITY, Grid, Layer, Output, begin_map, windows_of, workers, write_map
+from utils.rasters import (
+    BLOCKS,
+    IDENTITY,
+    Grid,
+    Layer,
+    Output,
+    area_window,
+    begin_map,
+    windows_of,
+    workers,
+    write_map,
+)
 
 GRID = Grid(CRS.from_epsg(32631), Affine(10, 0, 500000, 0, -10, 4900000), 150, 331)
 OUTPUTS = (
@@ -100,7 +113,7 @@ def test_a_window_that_is_refused_keeps_the_others(tmp_path: Path) -> None:
     (tmp_path / "refuse").touch()
     with pytest.raises(InputError, match="window 64 64 cannot be read"):
         make(tmp_path, 64)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / BLOCKS).iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / BLOCKS / "sums").iterdir()}
     assert kept and not (tmp_path / "sums.tif").exists()
     (tmp_path / "refuse").unlink()
     make(tmp_path, 64)
@@ -117,7 +130,7 @@ def start(folder: Path, *, count: int = 1, scheduler: str = "", seconds: float =
 
 def test_a_killed_map_goes_on_to_the_same_pixels_and_its_workers_end(tmp_path: Path) -> None:
     killed = start(tmp_path / "killed", count=2)
-    blocks = tmp_path / "killed" / BLOCKS
+    blocks = tmp_path / "killed" / BLOCKS / "sums"
     wait_for(lambda: blocks.exists() and len(list(blocks.glob("[0-9]*.npz"))) > 3)
     pids = [int(path.name.removeprefix("built_")) for path in (tmp_path / "killed").glob("built_*")]
     killed.kill()
@@ -181,6 +194,20 @@ for limit in {limits}:
         assert not list((tmp_path / str(limit)).glob("*.tif"))
         make(tmp_path / str(limit), 32)
         assert pixels(tmp_path / str(limit)) == pixels(tmp_path / "undisturbed")
+
+
+def test_an_area_is_the_pixels_that_it_touches(tmp_path: Path) -> None:
+    assert area_window("all", GRID, tmp_path) == Window(0, 0, 331, 150)
+    assert area_window("500020,4899905,500045,4899970", GRID, tmp_path) == Window(2, 3, 3, 7)
+    assert area_window("499000 4899990 500010 4999999", GRID, tmp_path) == Window(0, 0, 1, 1)
+    ring = [[500_100, 4_899_000], [500_200, 4_899_000], [500_200, 4_899_100], [500_100, 4_899_000]]
+    polygon = transform_geom("EPSG:32631", "EPSG:4326", {"type": "Polygon", "coordinates": [ring]})
+    (tmp_path / "part.geojson").write_text(json.dumps({"type": "Feature", "properties": {}, "geometry": polygon}))
+    found = area_window("part.geojson", GRID, tmp_path)
+    assert abs(found.col_off - 10) <= 1 and abs(found.row_off - 90) <= 1 and abs(found.width - 10) <= 2
+    for area, expected in (("1,2,3,4", "holds no pixel"), ("1,2,3", "neither all nor four numbers")):
+        with pytest.raises(InputError, match=expected):
+            area_window(area, GRID, tmp_path)
 
 
 def test_a_cluster_whose_worker_dies_leaves_the_same_pixels(

@@ -17,8 +17,11 @@ import contextlib
 import ctypes
 import errno
 import functools
+import importlib
+import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -33,7 +36,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
+import rasterio.features
 import rasterio.shutil
+import rasterio.warp
 import torch
 from numpy.typing import NDArray
 from rasterio import Affine
@@ -52,6 +57,7 @@ BLOCKS = "blocks"  # folder of the windows that are done
 TILE = 512  # pixels of a side of the tiles in the GeoTIFFs
 GDAL_CACHE = 256  # MB
 AHEAD = 2  # windows submitted for each worker
+EDGE = 1e-6  # pixels that an area's edge may be off
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 Task = Any
@@ -114,14 +120,56 @@ def windows_of(grid: Grid, size: int) -> list[Window]:
     return [Window(column, row, min(size, grid.width - column), min(size, grid.height - row)) for row, column in corners]
 
 
+def area_window(area: str, grid: Grid, folder: Path) -> Window:
+    """The pixels of a grid that an area touches.
+
+    Args:
+        area: `all`; left, bottom, right and top in the grid's coordinates, separated by commas or spaces; or a GeoJSON
+            file (longitude and latitude, as RFC 7946 has it), of which the rectangle around all is taken.
+        grid: the grid.
+        folder: that a relative path counts from.
+
+    Raises:
+        InputError: the area is neither, or lies outside.
+    """
+    if area == "all":
+        return Window(0, 0, grid.width, grid.height)
+    try:
+        left, bottom, right, top = (float(part) for part in area.replace(",", " ").split())
+    except ValueError:
+        left, bottom, right, top = _bounds_of_geojson(folder / area, grid.crs)
+    to_pixels = ~grid.transform
+    (first, start), (last, end) = to_pixels * (left, top), to_pixels * (right, bottom)
+    columns = max(0, math.floor(first + EDGE)), min(grid.width, math.ceil(last - EDGE))
+    rows = max(0, math.floor(start + EDGE)), min(grid.height, math.ceil(end - EDGE))
+    if columns[0] >= columns[1] or rows[0] >= rows[1]:
+        there = " ".join(f"{part:.0f}" for part in rasterio.transform.array_bounds(grid.height, grid.width, grid.transform))
+        raise InputError(
+            f"area={area} ({left:.0f} {bottom:.0f} {right:.0f} {top:.0f}) holds no pixel; expected are left, bottom, right, "
+            f"top within {there} ({grid.crs.to_string()})"
+        )
+    return Window(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
+
+
+def _bounds_of_geojson(path: Path, crs: CRS) -> tuple[float, float, float, float]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return rasterio.warp.transform_bounds("EPSG:4326", crs, *rasterio.features.bounds(document))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RasterioError) as error:
+        raise InputError(
+            f"area={path.name} is neither all nor four numbers (left, bottom, right, top) nor a GeoJSON file: {error}"
+        ) from error
+
+
 @contextlib.contextmanager
 def workers(count: int, scheduler: str = "") -> Iterator[Run]:
     """Workers of one thread each: `count` processes of this machine, this process alone if 1, or a Dask cluster's.
 
     The threads are one each so that a window's arithmetic, and with it the last bit of its result, is the same whoever
-    computes it. Functions and specs travel to other processes: functions must be importable there, specs hashable and
-    small (the path of a model, not the model). Of a Dask cluster, whose machines must see the same files and have this
-    project on their PYTHONPATH, the windows of a worker that dies are done again by another.
+    computes it. Functions and specs travel to other processes: functions by name, from a module or script of this
+    project; specs must be hashable and small (the path of a model, not the model). Of a Dask cluster, whose machines must
+    see the same files and have this project on their PYTHONPATH, the windows of a worker that dies are done again by
+    another.
 
     Args:
         count: processes of this machine, without effect on a cluster.
@@ -136,7 +184,7 @@ def workers(count: int, scheduler: str = "") -> Iterator[Run]:
     elif count == 1:
         threads = torch.get_num_threads()
         try:
-            yield lambda build, spec, tasks: ((task, _do(build, spec, task)) for task in tasks)
+            yield lambda build, spec, tasks: ((task, _do(_name(build), spec, task)) for task in tasks)
         finally:
             _built.cache_clear()
             torch.set_num_threads(threads)
@@ -177,10 +225,10 @@ def _bounded(
     pool: Executor, limit: Callable[[], int], build: Build, spec: Any, tasks: Iterable[Task]
 ) -> Iterator[tuple[Task, Any]]:
     """Results as they come, with no more than `limit()` tasks under way at once."""
-    left, waiting = iter(tasks), dict[Future[Any], Task]()
+    left, waiting, name = iter(tasks), dict[Future[Any], Task](), _name(build)
     while True:
         for task in itertools.islice(left, max(0, limit() - len(waiting))):
-            waiting[pool.submit(_do, build, spec, task)] = task
+            waiting[pool.submit(_do, name, spec, task)] = task
         if not waiting:
             return
         for done in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -199,15 +247,22 @@ def _begin_worker(run: int) -> None:
 _building = threading.Lock()
 
 
+def _name(build: Build) -> str:
+    """Module and name of a function, of a script under the name that it is imported by."""
+    module = build.__module__ if build.__module__ != "__main__" else Path(inspect.getfile(build)).stem
+    return f"{module}:{build.__qualname__}"
+
+
 @functools.lru_cache(maxsize=2)
-def _built(build: Build, spec: Any) -> Callable[[Task], Any]:
+def _built(name: str, spec: Any) -> Callable[[Task], Any]:
     torch.set_num_threads(1)
-    return build(spec)
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)(spec)
 
 
-def _do(build: Build, spec: Any, task: Task) -> Any:
+def _do(name: str, spec: Any, task: Task) -> Any:
     with _building:  # a worker of a cluster may have several threads
-        function = _built(build, spec)
+        function = _built(name, spec)
     return function(task)
 
 
@@ -240,6 +295,7 @@ def write_map(
     results: Callable[[Iterable[Window]], Iterable[tuple[Window, Sequence[NDArray[Any]]]]],
     identity: Mapping[str, Any],
     tags: Mapping[str, str],
+    label: str = "Mapping...",
 ) -> None:
     """Write the outputs of a map that are not there yet.
 
@@ -251,22 +307,25 @@ def write_map(
         results: computes windows: each with an array (layer, row, column) for each output.
         identity: what the map's pixels depend on: flags, and digests of the model and of the inputs.
         tags: of the files.
+        label: of the progress bar.
 
     Raises:
         InputError: the folder has another map, or cannot be written to, for a full disk say.
     """
     begin_map(folder, outputs, identity)
     missing = [output for output in outputs if not (folder / output.file).exists()]
-    blocks = folder / BLOCKS
+    blocks = folder / BLOCKS / Path(outputs[0].file).stem
     if missing:
         left = [window for window in windows if not _block(blocks, window).exists()]
-        with tqdm(total=len(windows), initial=len(windows) - len(left), desc="Mapping...", unit="window") as bar:
+        with tqdm(total=len(windows), initial=len(windows) - len(left), desc=label, unit="window") as bar:
             for window, arrays in results(left):
                 _write_block(_block(blocks, window), window, outputs, arrays)
                 bar.update()
         for output in missing:
             _write_output(folder / output.file, grid, output, outputs.index(output), windows, blocks, tags)
     shutil.rmtree(blocks, ignore_errors=True)
+    with contextlib.suppress(OSError):  # those of another map of this folder may be there
+        blocks.parent.rmdir()
 
 
 def _block(blocks: Path, window: Window) -> Path:
