@@ -30,9 +30,9 @@ from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
 from utils import processes, rasters
 from utils.canopy import maps
 from utils.errors import InputError
-from utils.figures import save_png
 from utils.finished_runs import find_run
 from utils.flags import FlagParser, auto_or, one_of, real, whole, yes_no
+from utils.plots import save_plot
 from utils.rasters import Layer, Output
 from utils.runs import (
     add_to_label,
@@ -147,16 +147,16 @@ def main() -> None:
         "model": f"THREASURE-Net, {record['resolution']:g} m",
         "run": run_folder.name,
         "weights_sha256": identity["weights_sha256"],
-        "images": f"{len(series.images)} of {series.images[0].day} to {series.images[-1].day}",
+        "images": f"{len(series.images)} images of {series.images[0].day} to {series.images[-1].day}",
         "images_sha256": identity["images_sha256"],
         "day_of_year": str(spec.day + 1),
     }
     tags |= {"note": "simulated"} if simulated or record["simulated"] else {}
     started = time.perf_counter()
-    with rasters.workers(flags["workers"], flags["scheduler"] if spec.on_cluster else "") as run:
+    grid = series.grid.part(area)
+    windows = rasters.windows_of(grid, flags["window"])
+    with rasters.workers(min(flags["workers"], len(windows)), flags["scheduler"] if spec.on_cluster else "") as run:
         write_dates(spec, run, identity, tags)
-        grid = series.grid.part(area)
-        windows = rasters.windows_of(grid, flags["window"])
         rasters.write_map(Path(), grid, outputs, windows, functools.partial(run, build_mapper, spec), identity, tags)
     remove_strips(spec, flags["scheduler"])
     write_results(spec, flags, tags, time.perf_counter() - started)
@@ -433,12 +433,13 @@ def write_results(spec: Spec, flags: dict[str, Any], tags: dict[str, str], secon
     """Write the picture, the STAC item and metrics.json, and say what was mapped."""
     height, note = Path("height.tif"), f" ({tags['note']})" if "note" in tags else ""
     chosen = json.loads(CHOSEN.read_text(encoding="utf-8"))["cells"]
-    save_png(maps.quick_look(height, f"canopy height, {tags['images']}{note}"), Path("height.png"))
+    save_plot(maps.quick_look(height, f"{tags['model']}, {tags['images']}{note}"), Path("height.png"))
     dates = [image.day for image in spec.series.images]
     maps.write_stac_item(Path("map.stac.json"), [height, Path("vegetation.tif"), Path("dates.tif")], dates, tags)
     mapped = maps.mapped_area(height)
     steps = maps.steps_between_cells(height, chosen, spec.area, spec.cell)
     say(f"Mapped: {mapped:.4f} km2{note}")
+    say(f"Throughput: {mapped / seconds:.4g} km2/s")
     say(f"Cells: {len(chosen)}, of {min(map(len, chosen.values()))} to {max(map(len, chosen.values()))} dates")
     if steps["pixels"]:
         say(

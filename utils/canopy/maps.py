@@ -1,5 +1,6 @@
 """What belongs to a map of heights: its picture, its STAC item, its area, the steps between its cells."""
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,9 @@ from rasterio.enums import Resampling
 from rasterio.warp import transform_geom
 from rasterio.windows import Window
 
-from utils.canopy.plots import TALLEST
+from utils.canopy.plots import HEIGHT_STEP, MISSING
+from utils.plots import COLUMN, MM, paper_style, wrapped
+from utils.runs import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +24,9 @@ PICTURE_SIDE = 1200  # pixels at most
 MEDIA_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 
 
+@paper_style()
 def quick_look(path: Path, title: str) -> "Figure":
-    """The first layer of a map in metres, with its colour bar and coordinates; grey where nothing is mapped."""
+    """The first layer of a map in metres, with its colour bar and coordinates; hatched where nothing is mapped."""
     from matplotlib.figure import Figure
 
     with rasterio.open(path) as raster:
@@ -30,14 +34,18 @@ def quick_look(path: Path, title: str) -> "Figure":
         shape = (max(1, round(raster.height / shrink)), max(1, round(raster.width / shrink)))
         heights = raster.scales[0] * raster.read(1, out_shape=shape, resampling=Resampling.average, masked=True)
         bounds, crs = raster.bounds, raster.crs.to_string()
-    figure = Figure(figsize=(8.2, 1.2 + 6.4 * min(2.0, max(0.4, shape[0] / shape[1]))), dpi=130, layout="constrained")
-    axes = figure.add_subplot(facecolor="0.85")
+    high = HEIGHT_STEP * max(1, math.ceil(np.percentile(heights.compressed(), 99) / HEIGHT_STEP))
+    figure = Figure(figsize=(COLUMN, min(2 * COLUMN, 0.72 * COLUMN * shape[0] / shape[1] + 18 * MM)))
+    axes = figure.add_subplot()
+    axes.patch.set(**MISSING)
     extent = (bounds.left / 1000, bounds.right / 1000, bounds.bottom / 1000, bounds.top / 1000)
-    shown = axes.imshow(heights, extent=extent, cmap="viridis", vmin=0, vmax=TALLEST, interpolation="nearest")
-    figure.colorbar(shown, ax=axes, label="height (m)", extend="max", shrink=0.8)
+    shown = axes.imshow(heights, extent=extent, cmap="viridis", vmin=0, vmax=high, interpolation="nearest")
+    figure.colorbar(shown, ax=axes, label="height (m)", extend="max", fraction=0.046)
     axes.set(xlabel=f"easting (km, {crs})", ylabel="northing (km)")
     axes.ticklabel_format(useOffset=False)
-    axes.set_title(title, fontsize=10)
+    axes.locator_params(nbins=5)
+    axes.spines[:].set_visible(True)
+    axes.set_title(wrapped(title, 55), fontsize=8)
     return figure
 
 
@@ -106,8 +114,6 @@ def _around_border(raster: rasterio.io.DatasetReader, border: Window, factor: in
 def write_stac_item(path: Path, files: Sequence[Path], days: Sequence[str], tags: Mapping[str, str]) -> None:
     """Describe the files of a map as a STAC item, whose assets lie beside it."""
     import pystac
-
-    from utils.runs import write_json
 
     with rasterio.open(files[0]) as raster:
         left, bottom, right, top = raster.bounds
