@@ -1,1 +1,1 @@
-"""Files in, tensors out."""
+"""Data sets: from files to arrays and tensors."""

@@ -2,8 +2,8 @@
 
 The real table holds plant diversity of 150 grassland plots in three German observatories (Schwäbische Alb,
 Hainich-Dün, Schorfheide-Chorin) over four years, beside the Sentinel-2 time series of each plot-year. This module
-draws a table of that shape from a small process model, so that every operation can be tried and tested without it.
-All constants are round numbers chosen by hand for the right order of magnitude. In the order of the code:
+simulates a table of that shape with a small process model, so that every operation can be tried and tested without the
+real one. All constants are round numbers, chosen by hand for the right order of magnitude. In the order of the code:
 
 1. Plots. A plot has a site fertility and a management: mowing, grazing and fertilisation, summed up by the land-use
    intensity index LUI = sqrt(M/mean(M) + G/mean(G) + F/mean(F)) (Blüthgen et al. 2012, Basic and Applied Ecology 13).
@@ -19,8 +19,8 @@ All constants are round numbers chosen by hand for the right order of magnitude.
    late first cut. Dominance is lowest at middling disturbance (Connell 1978). The abundances form a geometric series
    (Motomura 1932) with lognormal scatter, and Shannon and Simpson are computed from them.
 
-What diversity depends on is thus seen in the shape of the season (peak, cuts, recovery), in part nonlinearly, and part
-of it is noise that no model can explain.
+Diversity thus depends on the shape of the season (peak, cuts, recovery), in part nonlinearly, and part of it is noise that
+no model can explain.
 """
 
 import numpy as np
@@ -50,7 +50,7 @@ SPRING_MOISTURE = np.array([[0.9, 0.8, 0.8, 0.7], [0.8, 0.8, 0.8, 0.7], [0.9, 0.
 SUMMER_MOISTURE = np.array([[0.9, 0.6, 0.7, 0.7], [0.8, 0.2, 0.5, 0.5], [0.9, 0.3, 0.4, 0.6]])
 GREEN_UP_SHIFT = np.array([-6.0, 4.0, 2.0, 2.0])  # days, by year
 SUMMER_DAY = 165  # day of the year when moisture is half way from spring to summer
-SUMMER_ONSET = 12.0  # days, width of that change
+SUMMER_ONSET = 12.0  # days, width of that transition
 
 # Growth.
 DAYS = np.arange(60.0, 263.0)  # days of the year simulated: March to mid-September
@@ -58,7 +58,7 @@ STEP_DAYS = 96 + 10 * np.arange(16)  # days of the year of the table's steps
 FIRST_CUT_DAY = 165.0  # day of the year, mean
 CUT_INTERVAL = 40.0  # days
 MAX_CUTS = 3  # cuts a year
-NEVER = 999.0  # a day that never comes
+NEVER = 999.0  # day of a cut that does not happen
 STUBBLE_GREEN = 0.4  # leaf area left by a cut, m2/m2
 STUBBLE_BROWN = 0.4
 GREEN_UP_WIDTH = 8.0  # days
@@ -84,18 +84,18 @@ CHLOROPHYLL_DARKENING = np.array([0.10, 0.15, 0.10, 0.0, 0.0, 0.15, 0.05, 0.0, 0
 
 # Satellite.
 REVISIT = 5  # days
-CLOUD_PROBABILITY = 0.4  # of a date over a whole observatory
-PLOT_CLOUD_PROBABILITY = 0.2  # of a plot where the date is clear
+CLOUD_PROBABILITY = 0.4  # of a date, over a whole observatory
+PLOT_CLOUD_PROBABILITY = 0.2  # of a plot, on a date that is clear over its observatory
 SMOOTHING = 7.0  # days, sd of the kernel that interpolates to the steps
 BRIGHTNESS_NOISE = 0.02  # relative, common to the bands: illumination and view
 SENSOR_NOISE = 0.02  # relative, each band alone
 HAZE = np.array([60, 50, 40, 20, 20, 40, 30, 20, 10, 10], dtype=np.float64)  # reflectance x 10 000, sd
 
 # Diversity.
-BASE_RICHNESS = 35.0  # species, where no effect is at work
+BASE_RICHNESS = 35.0  # species, without any effect
 MIN_RICHNESS, MAX_RICHNESS = 10, 80  # species
 ABUNDANCE_SCATTER = 0.4  # sd of log abundance
-RARE_ABUNDANCE = 0.005  # relative to the first species: what even the rarest holds
+RARE_ABUNDANCE = 0.005  # relative to the first species: the least that a species has
 RARE_SCATTER = 0.5  # sd of its logarithm between plots
 MIDDLING_PEAK = 3.2  # peak green leaf area, m2/m2, at which richness is highest
 MIDDLING_CUTS = 1.0  # cuts a year at which dominance is lowest
@@ -133,7 +133,7 @@ def _draw_plots(rng: np.random.Generator) -> pd.DataFrame:
     observatory = np.repeat(np.arange(len(OBSERVATORIES)), PLOTS_PER_OBSERVATORY)
     number = np.tile(np.arange(1, PLOTS_PER_OBSERVATORY + 1), len(OBSERVATORIES))
     size = len(observatory)
-    # Farmers who fertilise mow more and graze less: one hidden trait moves all three.
+    # Farmers who fertilise more also mow more and graze less: one latent trait drives all three.
     trait = rng.normal(size=size)
     mowing = np.clip(MOWING[observatory] + 0.7 * trait + rng.normal(0.0, 0.3, size), 0.0, MAX_CUTS)
     grazing = GRAZING[observatory] * np.exp(-0.4 * trait + rng.normal(0.0, 0.4, size))
@@ -155,7 +155,7 @@ def _draw_plots(rng: np.random.Generator) -> pd.DataFrame:
             "lateness": rng.normal(0.0, 5.0, size),  # days that the first cut comes later
             "evergreen": rng.normal(size=size),  # leaves kept over winter
             "herbs": rng.normal(size=size),  # cover of broad-leaved herbs
-            # What no image shows, so that no model can explain all.
+            # Not visible in any image, so that no model can explain everything.
             "species_pool": rng.normal(size=size),
             "evenness": rng.normal(size=size),
         }
@@ -189,7 +189,7 @@ def _moisture(rows: pd.DataFrame, rng: np.random.Generator) -> Floats:
 
 
 def _cut_days(rows: pd.DataFrame, rng: np.random.Generator) -> Floats:
-    """Day of the year of each cut, NEVER where there is none: (row, cut)."""
+    """Day of the year of each cut, NEVER if it does not happen: (row, cut)."""
     size = len(rows)
     count = np.rint(_floats(rows, "mowing") + rng.normal(0.0, 0.3, size))
     # Grass grown for fodder is cut early, hay meadows late.
@@ -207,7 +207,7 @@ def _grow(rows: pd.DataFrame, moisture: Floats, cuts: Floats, rng: np.random.Gen
     capacity = 4.5 * np.exp(0.25 * _floats(rows, "nutrients") + rng.normal(0.0, 0.08, size))
     grazing = GRAZING_RATE * _floats(rows, "grazing")
     autumn = 1.0 - AUTUMN_LOSS * _sigmoid((DAYS - AUTUMN_DAY) / AUTUMN_WIDTH)
-    green = 0.7 * np.exp(0.3 * _floats(rows, "nutrients") + 0.4 * _floats(rows, "evergreen"))  # what the winter left
+    green = 0.7 * np.exp(0.3 * _floats(rows, "nutrients") + 0.4 * _floats(rows, "evergreen"))  # left over from winter
     brown = np.full(size, 0.7)
     greens, browns = [], []
     for index, day in enumerate(DAYS):
@@ -248,7 +248,7 @@ def _observe(rows: pd.DataFrame, reflectance: Floats, rng: np.random.Generator) 
     haze = rng.normal(size=(size, dates, 1)) * HAZE
     observed = reflectance * brightness * sensor + haze
     distance = (STEP_DAYS[:, None] - DAYS[::REVISIT]) / SMOOTHING
-    # The floor keeps the weights' sum above zero where the nearest clear date is far.
+    # The small constant keeps the sum of the weights above zero if the nearest clear date is far away.
     weights = (np.exp(-0.5 * distance**2) + 1e-9) * clear[:, None, :]
     smooth = weights @ observed / weights.sum(axis=-1, keepdims=True)
     return np.asarray(np.rint(np.clip(smooth, 1.0, 10_000.0)))
@@ -258,8 +258,8 @@ def _diversity(rows: pd.DataFrame, green: Floats, cuts: Floats, rng: np.random.G
     """Species richness, Shannon and Simpson index: (row, study variable)."""
     size = len(rows)
     peak = green.max(axis=1)
-    late = green[:, DAYS >= 200].mean(axis=1) / peak  # how green the late season still is
-    first_cut = np.minimum(cuts[:, 0], 200.0)  # from that day on no plant is kept from seeding
+    late = green[:, DAYS >= 200].mean(axis=1) / peak  # relative greenness of the late season
+    first_cut = np.minimum(cuts[:, 0], 200.0)  # later cuts no longer keep plants from seeding
     count = (cuts <= DAYS[-1]).sum(axis=1)
 
     log_richness = (
@@ -272,7 +272,7 @@ def _diversity(rows: pd.DataFrame, green: Floats, cuts: Floats, rng: np.random.G
         + rng.normal(0.0, 0.08, size)
     )
     richness = np.clip(np.rint(np.exp(log_richness)), MIN_RICHNESS, MAX_RICHNESS)
-    # The share of what is left that each next species takes.
+    # The share of the remaining abundance that each next species takes.
     log_odds = (
         -1.05
         + 0.4 * (count - MIDDLING_CUTS) ** 2
@@ -289,7 +289,7 @@ def _community(richness: Floats, dominance: Floats, rng: np.random.Generator) ->
     """Shannon and Simpson index of communities with abundances in a noisy geometric series: (row,) each."""
     rank = np.arange(MAX_RICHNESS)
     scatter = np.exp(rng.normal(0.0, ABUNDANCE_SCATTER, (len(richness), MAX_RICHNESS)))
-    # The many rare species weigh in Shannon, hardly in Simpson: their share keeps the two from being one variable.
+    # The many rare species weigh in Shannon, hardly in Simpson: so the two indices are not one variable.
     rare = RARE_ABUNDANCE * np.exp(rng.normal(0.0, RARE_SCATTER, (len(richness), 1)))
     abundance = ((1.0 - dominance[:, None]) ** rank + rare) * scatter
     abundance = np.where(rank < richness[:, None], abundance, 0.0)

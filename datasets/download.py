@@ -11,14 +11,14 @@ SHA256 = "d40401774253628583de4efb502775d086a17944aba2ea007bc95772de673642"
 
 
 def main() -> None:
-    """Fetch the table unless a file of its name is there already.
+    """Download the table unless the file already exists.
 
     Raises:
-        InputError: the table cannot be reached or is not the published one; no partial file stays.
+        InputError: the table cannot be downloaded or is not the published one; no partial file is left.
     """
     target = project_folder() / "data" / "dataset.xlsx"
     if target.exists():
-        print(f"{target} is there already")
+        print(f"{target} already exists")
         return
     try:
         pooch.retrieve(
@@ -31,10 +31,10 @@ def main() -> None:
     except requests.RequestException as error:
         raise InputError(
             f"the grassland table could not be downloaded from {URL} ({type(error).__name__}); "
-            f"without internet or behind a proxy, fetch it by other means and put it at {target}"
+            f"without internet or behind a proxy, get it by other means and put it at {target}"
         ) from error
     except ValueError as error:
-        raise InputError(f"what came from {URL} is not the published table, its sha256 is not {SHA256}") from error
+        raise InputError(f"the file at {URL} is not the published table: its sha256 is not {SHA256}") from error
     except OSError as error:
         raise InputError(f"{target} could not be written: {error.strerror or error}") from error
     print(f"{target} downloaded, checked against its sha256")

@@ -1,4 +1,4 @@
-"""What only the published grassland table needs: its columns, how it is recognised, and the rows its authors left out.
+"""The published grassland table: its columns, how it is recognised, and the rows that its authors left out.
 
 563 plot-years of grassland plots in three German observatories: three indices of plant diversity beside 16 time steps x
 10 Sentinel-2 bands, surface reflectance x 10 000, columns `<band>_<step>`. Published with Dieste et al., "ResNeTS", IEEE
@@ -18,9 +18,9 @@ STUDY_VARIABLES = {
     "Shannon": "Shannon index",
     "Simpson": "Simpson index",
 }
-"""The study variables and how a plot's axis names them."""
+"""The study variables and their labels on the axes of plots."""
 
-# Plots with trees, whose spectra are not those of grassland.
+# Plots with trees: their spectra are not those of grassland.
 TREE_PLOTS = [f"AEG{n:02d}" for n in (7, 9, 25, 26, 27, 47, 48)] + [f"HEG{n:02d}" for n in (9, 21, 24, 43)]
 # Plots of the Schorfheide whose 2018 records are outliers.
 OUTLIERS_2018 = [f"SEG{n:02d}" for n in (8, 10, 11, 12, 16, 18, 19, 20, 31, 33, 35, 36, 38, 39, 40, 41, 44, 45, 46, 49, 50)]
@@ -33,7 +33,7 @@ def is_published(columns: Iterable[str]) -> bool:
 
 
 def left_out(keys: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
-    """Which rows of keys (columns plot, year) the authors left out, by reason."""
+    """Which rows the authors left out, by reason; keys has the columns plot and year."""
     return {
         "plot with trees": keys["plot"].isin(TREE_PLOTS),
         "outlier of 2018": (keys["year"] == 2018) & keys["plot"].isin(OUTLIERS_2018),

@@ -1,13 +1,13 @@
 """Any table of satellite time series: one row a plot, or a plot in a year, a column for each band and time step.
 
 Predictors are columns `<band>_<step>`, in any order and unit, such as `B02_1` to `B12_36` or `ndvi_0` to `ndvi_22`; they
-must fill a grid of bands and steps. Beside them stand the target and a column that tells plots apart; year, region,
+must fill a grid of bands and steps. A table also has the target and a column that identifies the plot; year, region,
 key and covariates are optional. The published grassland table is one such table (`datasets.published_grassland`).
 
     table = read_table(path)                       a file, or `demo_table()`
     samples = prepare(table, "SpecRichness")       columns found and checked, rows selected
     folds = split(samples, "split_by_plot", 42)    row ids
-    inputs = standardise(samples, fold.train)      what a model takes, scaled by training rows
+    inputs = standardise(samples, fold.train)      inputs of the models, standardised by training rows
 """
 
 import csv
@@ -30,16 +30,16 @@ from utils.errors import InputError
 
 SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory", "split_by_year")
 FOLDS = 5
-NAMES_LISTED = 5  # most columns that a message lists
+NAMES_LISTED = 5  # at most, in a message
 LARGEST = float(np.finfo(np.float32).max)  # networks compute in single precision
-FAR_OFF = 5  # interquartile ranges beyond the quartiles of a band, target or covariate, from where on values are told
+FAR_OFF = 5  # interquartile ranges outside the quartiles of a band, target or covariate: values further off are reported
 PREDICTOR = re.compile(r"(.+)_(-?\d+)")  # band and step
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 NO_COLUMN = "none"
 
 
 class Table(NamedTuple):
-    """A table as read: its rows, what to call it, and what it was read from."""
+    """A table as read: its rows, its name in messages, the sha256 of its file, and whether it is simulated."""
 
     rows: pd.DataFrame
     name: str
@@ -48,15 +48,15 @@ class Table(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Which column of a table is what.
+    """The roles of a table's columns.
 
     Attributes:
         target: the study variable.
         plot, year, region, key: of each row; None where there is none.
         bands: in order of first appearance.
         steps: in ascending order.
-        predictors: (step, band), the columns' names.
-        covariates: further inputs of the models.
+        predictors: (step, band), names of columns.
+        covariates: further inputs of the models beside the series.
         ignored: all other columns.
     """
 
@@ -80,11 +80,11 @@ class Samples(NamedTuple):
         x: (sample, band, step) float64, as in the table.
         y: (sample,) float64, the study variable.
         covariates: a column each, float64 numbers or text.
-        columns: what was read from where.
-        dropped: why rows were left out, with their number.
-        missing: number of rows in which a column has no value, of those columns where there are some.
-        repeated: rows that are the same as another in all that is used, their key apart.
-        far_off: of each band, target or covariate with values far outside its others: their number, and the most distant.
+        columns: the roles of the columns.
+        dropped: number of rows left out, by reason.
+        missing: number of rows without a value, by column, for columns that have any.
+        repeated: number of rows that equal another row in everything used but the key.
+        far_off: number of values far outside the quartiles, and the furthest of them, by band, target or covariate.
     """
 
     keys: pd.DataFrame
@@ -107,12 +107,12 @@ class Split(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All samples as the models of a fold take them.
+    """All samples as inputs of the models of a fold.
 
     Attributes:
         x: (sample, band, step) float32, standardised.
-        covariates: (sample, channel) float32: standardised numbers, and a channel of 0 and 1 for each category.
-        record: what is needed to do the same to other rows.
+        covariates: (sample, channel) float32, standardised numbers and a channel of 0 and 1 for each category.
+        record: all that is needed to prepare other rows in the same way.
     """
 
     x: NDArray[np.float32]
@@ -156,7 +156,7 @@ def read_table(path: Path) -> Table:
         rows = reader(path)
     except InputError:
         raise
-    except Exception as error:  # a damaged file may fail anywhere in what reads it
+    except Exception as error:  # a damaged file may fail anywhere in its reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} cannot be read as a {path.suffix} table, it may be truncated or empty: {reason}"
@@ -167,7 +167,7 @@ def read_table(path: Path) -> Table:
 
 
 def _read_sheet(path: Path, sheet: str | int) -> pd.DataFrame:
-    # With its engine named, pandas does not ask for other packages where a file is not what its ending says.
+    # With a named engine, pandas does not ask for other packages if a file is not what its ending says.
     with pd.ExcelFile(path, engine="openpyxl") as workbook:
         if isinstance(sheet, str) and sheet not in workbook.sheet_names:
             raise InputError(f"{path} has no sheet {sheet!r}; it has {_listed(map(str, workbook.sheet_names))}")
@@ -178,13 +178,13 @@ def _read_sheet(path: Path, sheet: str | int) -> pd.DataFrame:
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    """A table of text, as this or another country's spreadsheets write it.
+    """Read a delimited text file as spreadsheets of any language write it.
 
-    Columns are separated by what splits the header into most names: commas, semicolons or tabs. Without commas between
-    columns, one within a number is a decimal comma. Text is UTF-8, UTF-16 if it says so, else Windows-1252.
+    The separator is whichever of comma, semicolon and tab splits the header into most names. If it is not the comma, a comma
+    in a number is a decimal comma. The encoding is UTF-8, UTF-16 with a byte-order mark, or else Windows-1252.
 
     Raises:
-        InputError: a line has too few fields, which pandas would fill with missing values.
+        InputError: a line has too few fields; pandas would fill them with missing values.
     """
     content = path.read_bytes()
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
@@ -225,24 +225,24 @@ def prepare(
 ) -> Samples:
     """Find the columns of an experiment, check them, and select its rows.
 
-    Rows with a missing value in any column used are dropped. Of the published table, known by its columns, the rows
-    that its authors left out are dropped, too. Rows are sorted by key where there is one.
+    Rows with a missing value in any column used are dropped. So are the rows that the authors of the published table left
+    out, if the table has the columns of the published one. Rows are sorted by key where there is one.
 
     Args:
         table: as read.
-        study_var: the target's column.
-        plot_column: tells plots apart, which never are on two sides of a split; `none`: each row is a plot.
-        year_column: whole years; may be absent unless it is named here otherwise than in the published table.
-        region_column: observatory or region; the same.
-        key_column: unique in each row; the same. Without it the row's number in a spreadsheet is the key.
-        covariates: columns given to the models beside the series.
-        bands: those to use; all of the table's if empty.
-        steps: those to use; all of the table's if empty.
+        study_var: column of the target.
+        plot_column: identifies the plot, whose rows stay on one side of a split; `none`: each row is a plot.
+        year_column: year, a whole number; may be absent if it has the name that it has in the published table.
+        region_column: observatory or region; may be absent in the same way.
+        key_column: unique in each row; may be absent in the same way. The key is then the row number in a spreadsheet.
+        covariates: columns of further inputs of the models.
+        bands: those to use; all if empty.
+        steps: those to use; all if empty.
         nodata: numbers that stand for missing values.
 
     Raises:
-        InputError: a column is absent, there twice or not what it is used as, the predictors fill no grid, a value is no
-            number, a key is there twice, or no row is left.
+        InputError: a column is absent, repeated or unfit for its role, the predictors do not fill a grid, a value is not a
+            number, a key is repeated, or no row is left.
     """
     table = table._replace(rows=table.rows.reset_index(drop=True))
     roles = {
@@ -266,12 +266,12 @@ def prepare(
         keys["region"] = _names(table, columns.region)
     if columns.key:
         repeated = keys["key"].astype(str).duplicated() & keys["key"].notna()
-        _refuse(table, columns, columns.key, repeated, "appears more than once; a key of one row each is expected")
-    further = {
+        _refuse(table, columns, columns.key, repeated, "appears more than once; a key must be unique")
+    covariate_values = {
         name: _numbers(table, columns, name, nodata) if _is_numeric(rows[name]) else _names(table, name)
         for name in columns.covariates
     }
-    values = pd.DataFrame({**numbers, **further}, index=rows.index)
+    values = pd.DataFrame({**numbers, **covariate_values}, index=rows.index)
     chosen, dropped = _select(table, columns, pd.DataFrame(keys), values)
     missing = {**pd.DataFrame(keys).isna().sum(), **values.isna().sum()}
     repeated = pd.concat([pd.DataFrame(keys).drop(columns="key"), values], axis=1)[chosen].duplicated().sum()
@@ -284,15 +284,15 @@ def prepare(
     grid = np.stack([[numbers[name][frame.index] for name in step] for step in columns.predictors])
     x = np.ascontiguousarray(grid.transpose(2, 0, 1)).transpose(0, 2, 1)
     y = numbers[study_var][frame.index].to_numpy()
-    chosen_further = pd.DataFrame(further, index=rows.index).loc[frame.index].reset_index(drop=True)
-    told = {band: x[:, index] for index, band in enumerate(columns.bands)} | {study_var: y}
-    told |= {name: values.to_numpy() for name, values in chosen_further.items() if values.dtype == np.float64}
-    far_off = {name: found for name, values in told.items() if (found := _far_off(values))}
+    chosen_covariates = pd.DataFrame(covariate_values, index=rows.index).loc[frame.index].reset_index(drop=True)
+    checked = {band: x[:, index] for index, band in enumerate(columns.bands)} | {study_var: y}
+    checked |= {name: values.to_numpy() for name, values in chosen_covariates.items() if values.dtype == np.float64}
+    far_off = {name: found for name, values in checked.items() if (found := _far_off(values))}
     return Samples(
         frame.reset_index(drop=True),
         x,
         y,
-        chosen_further,
+        chosen_covariates,
         columns,
         dropped,
         {str(name): int(count) for name, count in missing.items() if count},
@@ -302,7 +302,7 @@ def prepare(
 
 
 def _role(table: Table, role: str, name: str, *, required: bool) -> str | None:
-    """The column of a role, None where it is said to have none or may be absent and is.
+    """The column of a role; None if the user says that there is none, or if it is absent and may be.
 
     Raises:
         InputError: the column is absent.
@@ -313,10 +313,10 @@ def _role(table: Table, role: str, name: str, *, required: bool) -> str | None:
         return None
     hint = _similar_column(table, name) or f"; {role}_column=... names another column"
     if role == "plot":
-        hint += f" and {role}_column={NO_COLUMN} takes each row as a plot of its own"
+        hint += f" and {role}_column={NO_COLUMN} makes each row a plot"
     text = [column for column in table.rows.columns if not _is_numeric(table.rows[column])]
-    there = f" (text is in {_listed(text)})" if text else f" (its columns are {_listed(table.rows.columns)})"
-    raise InputError(f"{table.name} has no column {name!r}, which tells the {role} of a row{hint}{there}")
+    there = f" (columns with text: {_listed(text)})" if text else f" (its columns are {_listed(table.rows.columns)})"
+    raise InputError(f"{table.name} has no column {name!r}, which gives the {role} of a row{hint}{there}")
 
 
 def _find_columns(
@@ -327,10 +327,10 @@ def _find_columns(
     bands: Sequence[str],
     steps: Sequence[int],
 ) -> Columns:
-    """Find the grid of predictors among the columns that are nothing else.
+    """Find the grid of predictors among the columns that have no other role.
 
     Raises:
-        InputError: a column that was asked for is absent, or the predictors fill no grid.
+        InputError: a requested column is absent, or the predictors do not fill a grid.
     """
     rows = table.rows
     taken = {*roles.values(), *covariates, study_var}
@@ -355,19 +355,19 @@ def _find_columns(
         raise InputError(f"{table.name} has no rows below its column names")
     if study_var not in rows.columns or not _is_numeric(rows[study_var]):
         others = [name for name in rows.columns if _is_numeric(rows[name]) and name not in {*found.values(), *taken}]
-        beside = f"; numbers beside the predictors are in {_listed(others)}" if others else ""
+        beside = f"; columns with numbers that are no predictors: {_listed(others)}" if others else ""
         if study_var in rows.columns:
             raise InputError(
-                f"{table.name}, column {study_var!r}: '{rows[study_var].iloc[0]}' is no number, as the study variable is"
-                f"{beside}"
+                f"{table.name}, column {study_var!r}: '{rows[study_var].iloc[0]}' is not a number, as the study "
+                f"variable must be{beside}"
             )
-        hint = _similar_column(table, study_var) or beside or "; it has no other numbers than the predictors"
-        raise InputError(f"{table.name} has no column {study_var!r}, the study variable asked for{hint}")
+        hint = _similar_column(table, study_var) or beside or "; its only columns with numbers are the predictors"
+        raise InputError(f"{table.name} has no column {study_var!r}, the requested study variable{hint}")
     for flag_value, name in ((f"study_var={study_var}", study_var), *((f"covariates={name}", name) for name in covariates)):
         match = PREDICTOR.fullmatch(name)
         if match and match[1] in present:
             raise InputError(
-                f"{flag_value}: it is one of the predictors, of the band {match[1]!r}; a column beside them is expected"
+                f"{flag_value}: it is one of the predictors, of the band {match[1]!r}; another column is expected"
             )
     if not found:
         raise InputError(
@@ -388,15 +388,15 @@ def _find_columns(
         )
     if holes:
         empty = [name for name in holes if name in rows.columns]
-        hint = f"; there is no number in {empty[0]!r}" if empty else _similar_column(table, holes[0])
+        hint = f"; {empty[0]!r} has no numbers" if empty else _similar_column(table, holes[0])
         raise InputError(
             f"{table.name}: the grid of {len(chosen_bands)} bands ({_listed(chosen_bands)}) x {len(chosen_steps)} steps has "
-            f"holes, no column {_listed(map(repr, holes))}; bands=... and steps=... choose a complete part{hint}"
+            f"holes: no column {_listed(map(repr, holes))}; bands=... and steps=... select a complete part{hint}"
         )
     for column in rows.columns:
         match = None if column in {*taken, *found.values()} else PREDICTOR.fullmatch(column)
         if match and match[1] in chosen_bands and (not steps or int(match[2]) in steps):
-            raise InputError(f"{table.name}, column {column!r}: there is no number in it, as in the others of its band")
+            raise InputError(f"{table.name}, column {column!r}: it has no numbers, unlike the other columns of its band")
     predictors = tuple(tuple(found[band, step] for band in chosen_bands) for step in chosen_steps)
     used = {*taken, *sum(predictors, ())}
     ignored = tuple(column for column in rows.columns if column not in used)
@@ -412,14 +412,14 @@ def _find_columns(
 
 
 def _without_strays(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
-    """Without single columns like `biomass_2019`, whose number is no step of any band that has several."""
+    """Drop single columns like `biomass_2019`, whose number is not a step of any band with several columns."""
     counts = pd.Series([band for band, _ in found]).value_counts()
     steps = {step for band, step in found if counts[band] > 1}
     return {(band, step): name for (band, step), name in found.items() if not steps or counts[band] > 1 or step in steps}
 
 
 def _is_numeric(column: "pd.Series[Any]") -> bool:
-    """Whether there is a number in the column."""
+    """Whether the column has any number."""
     return column.dtype != bool and bool(pd.to_numeric(column, errors="coerce").notna().any())
 
 
@@ -434,7 +434,7 @@ def _numbers(table: Table, columns: Columns, name: str, nodata: Sequence[float])
     """A column as float64, missing where it is empty or nodata.
 
     Raises:
-        InputError: there is text, infinity or a number too large for single precision in it.
+        InputError: it has text, infinity or a number too large for single precision.
     """
     column = table.rows[name]
     numbers = pd.to_numeric(column, errors="coerce").astype(np.float64)
@@ -446,25 +446,25 @@ def _numbers(table: Table, columns: Columns, name: str, nodata: Sequence[float])
 
 
 def _names(table: Table, column: str) -> "pd.Series[Any]":
-    """A column of names, without blanks around them.
+    """A column of names, stripped of surrounding spaces.
 
     Raises:
-        InputError: two names differ in capitals alone, which would make one plot, or category, two.
+        InputError: two names differ only in capitals, so that one plot or category would be taken for two.
     """
     names = table.rows[column].map(lambda name: name.strip() if isinstance(name, str) else name)
     seen: dict[str, str] = {}
     for name in names[names.notna()].astype(str).unique():
         other = seen.setdefault(name.casefold(), name)
         if other != name:
-            raise InputError(f"{table.name}, column {column!r}: {other!r} and {name!r} differ in capitals alone")
+            raise InputError(f"{table.name}, column {column!r}: {other!r} and {name!r} differ only in capitals")
     return names
 
 
 def _refuse(table: Table, columns: Columns, name: str, wrong: "pd.Series[bool]", why: str) -> None:
-    """Name the first wrong value and its place.
+    """Refuse a column with wrong values, naming the first one and its row.
 
     Raises:
-        InputError: there is one.
+        InputError: there is a wrong value.
     """
     if not wrong.any():
         return
@@ -477,7 +477,7 @@ def _refuse(table: Table, columns: Columns, name: str, wrong: "pd.Series[bool]",
 def _select(
     table: Table, columns: Columns, keys: pd.DataFrame, values: pd.DataFrame
 ) -> tuple["pd.Series[bool]", dict[str, int]]:
-    """Which rows are used, and how many are not, by reason.
+    """Which rows are used, and how many are dropped, by reason.
 
     Raises:
         InputError: no row is left.
@@ -493,16 +493,16 @@ def _select(
             chosen &= ~unwanted
     if not chosen.any():
         empty = [column for column in frame.columns if frame[column].isna().all()]
-        why = f"; nothing is in its column {empty[0]!r}" if empty else ""
+        why = f"; its column {empty[0]!r} is empty" if empty else ""
         lost = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
         raise InputError(f"{table.name} has no complete row for {columns.target} (dropped: {lost or 'none'}){why}")
     return chosen, dropped
 
 
 def _far_off(values: NDArray[np.float64]) -> tuple[int, float] | None:
-    """Number of values over `FAR_OFF` interquartile ranges beyond the quartiles, and the most distant of them.
+    """Number of values more than `FAR_OFF` interquartile ranges outside the quartiles, and the furthest of them.
 
-    Quartiles are of the different values, so that one that stands for missing, however frequent, does not move them.
+    Quartiles are those of the distinct values, so that a frequent nodata value does not shift them.
     """
     low, high = np.percentile(np.unique(values), (25, 75))
     beyond = np.maximum(low - values, values - high)
@@ -511,13 +511,13 @@ def _far_off(values: NDArray[np.float64]) -> tuple[int, float] | None:
 
 
 def _similar_column(table: Table, name: str) -> str:
-    """End of a sentence on a column that is absent: the one that was probably meant, if any."""
+    """End of a sentence about an absent column: the one that was probably meant, if any."""
     alike = [column for column in table.rows.columns if column.casefold() == name.strip().casefold() and column != name]
     return f"; there is {alike[0]!r}, which differs in spaces or capitals" if alike else ""
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones."""
     every = list(names)
     more = len(every) - NAMES_LISTED
     return ", ".join(every[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
@@ -579,11 +579,11 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
 
     `split_by_plot` is a GroupKFold over the plots; `split_by_observatory` tests on each region in turn, in order of first
     appearance, and `split_by_year` on each year. The validation part is a fifth of the training plots,
-    drawn from the seed. No plot is on two sides of a fold, except in training and test by year: there the same plots are
-    met again in another year.
+    drawn from the seed. No plot is on two sides of a fold, except in the training and test parts of `split_by_year`, which
+    tests the same plots in another year.
 
     Raises:
-        InputError: too few plots, regions or years, a plot in two regions, or a fold that cannot train or be tested.
+        InputError: there are too few plots, regions or years, a plot in two regions, or too few rows in a fold.
     """
     plots = samples.keys["plot"].to_numpy()
     ids = np.arange(len(plots), dtype=np.int64)
@@ -596,7 +596,7 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
     else:
         role = "year" if procedure == "split_by_year" else "region"
         if role not in samples.keys:
-            raise InputError(f"{procedure} needs to know the {role} of a row, {role}_column=... names its column")
+            raise InputError(f"{procedure} needs the {role} of each row; {role}_column=... names its column")
         groups = samples.keys[role].to_numpy()
         regions = samples.keys.groupby("plot")[role].nunique()
         if role == "region" and regions.max() > 1:
@@ -629,9 +629,9 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
 
 
 def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
-    """Inputs of the models of a fold; every mean, standard deviation and category is that of the training rows.
+    """Inputs of the models of a fold, standardised and coded by its training rows alone.
 
-    A category has its channel in every fold; where no training row has it, the channel is 0 throughout.
+    A category has a channel in every fold; if no training row has the category, the channel is 0 throughout.
     """
     flat = samples.x.transpose(0, 2, 1).reshape(len(samples.x), -1)
     scaler = StandardScaler().fit(flat[train])
@@ -667,6 +667,6 @@ def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
 
 
 def channels(inputs: Inputs) -> NDArray[np.float32]:
-    """What a network sees, (sample, channel, step): the bands, then each covariate as a channel of one value."""
+    """Input of a network, (sample, channel, step): the bands, then each covariate as a channel that is constant in time."""
     constant = np.broadcast_to(inputs.covariates[:, :, None], (*inputs.covariates.shape, inputs.x.shape[2]))
     return np.concatenate([inputs.x, constant], axis=1)

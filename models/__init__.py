@@ -3,7 +3,7 @@
 A network is an ordinary `nn.Module` with a constructor `Name(bands, steps, *, flags...)` and a `forward` from (sample,
 band, step) to (sample,) or (sample, 1). Its keyword arguments are flags of `main.py` by their names, with the type and
 default that the signature gives them and the help of the docstring's section Args. An estimator (`models.classical`) is
-fitted in one go.
+fitted in a single call.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class ModelFlag(NamedTuple):
     Attributes:
         type: text to value.
         default: as a user types it; `auto` where the architectures differ in it.
-        help: the architectures that read it, and what it is.
+        help: the architectures that read it, and its meaning.
     """
 
     type: Callable[[str], Any]
@@ -65,7 +65,7 @@ def model_flags() -> dict[str, ModelFlag]:
     """The flags that the registered architectures declare.
 
     Raises:
-        TypeError: a default is neither a number, yes or no, text nor several whole numbers.
+        TypeError: a default is not a number, bool, text or tuple of whole numbers.
     """
     found: dict[str, list[tuple[str, inspect.Parameter, str]]] = {}
     for model, architecture in {**NETWORKS, **ESTIMATORS}.items():
@@ -95,7 +95,7 @@ def _as_text(value: Any) -> str:
 
 
 def _type_of(default: Any, name: str) -> Callable[[str], Any]:
-    """What parses a flag, told by its default."""
+    """The parser of a flag, chosen by the type of its default."""
     if isinstance(default, bool):
         return yes_no
     if isinstance(default, int):
@@ -110,10 +110,10 @@ def _type_of(default: Any, name: str) -> Callable[[str], Any]:
 
 
 def own_flags(architecture: type, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an architecture, from the flags or as it declares them.
+    """The keyword arguments of an architecture, from the flags or else its own defaults.
 
     Raises:
-        InputError: a flag that architectures share does not fit this one.
+        InputError: the value of a flag that architectures share does not fit this one.
     """
     own = {}
     for name, parameter in settings_of(architecture).items():
@@ -128,13 +128,13 @@ def own_flags(architecture: type, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_network(model: str, bands: int, steps: int, flags: Mapping[str, Any], seed: int = 0) -> nn.Module:
-    """A network of the named architecture, its initial weights drawn from the seed alone.
+    """A network of the named architecture, with initial weights drawn from the seed alone.
 
     Args:
         model: name in the register.
         bands: channels of its input.
         steps: time steps of its input.
-        flags: settings by name; those that are absent or None are the architecture's own.
+        flags: keyword arguments by name; those absent or None take the architecture's own default.
         seed: of the initial weights.
     """
     architecture = NETWORKS[model]
@@ -145,6 +145,6 @@ def make_network(model: str, bands: int, steps: int, flags: Mapping[str, Any], s
             network.eval()(torch.zeros(1, bands, steps))  # lazy layers learn their sizes
     for parameter in network.parameters():
         if parameter.ndim == 4:
-            # As the activations of 2-d convolutions; otherwise PyTorch would reorder the weights in every step.
+            # Like the activations of 2-d convolutions; otherwise PyTorch would convert the weights in every step.
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class BiLSTM(nn.Module):
-    """Layer norm, three bidirectional layers of 128 with dropout 0.3 between them, linear head on the cell states."""
+    """Layer norm, three bidirectional LSTM layers of 128 with dropout 0.3 between them, linear head on the cell states."""
 
     def __init__(self, bands: int, steps: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Estimators that are fitted in one go: ridge, Gaussian process and Rocket.
+"""Estimators that are fitted in a single call: ridge regression, Gaussian process and Rocket.
 
 Each has `fit(x, covariates, y)` and `predict(x, covariates)` on standardised predictors x (sample, band, step) and
 covariates (sample, channel), and `tensors()`: arrays from which `from_tensors` builds the fitted estimator again, so that
-nothing needs to be pickled. Ridge and the Gaussian process have no use for a validation part and are fitted on training
-and validation rows together; Rocket, as published, on the training rows.
+nothing needs to be pickled. Ridge regression and the Gaussian process need no validation rows and are fitted on them, too;
+Rocket, as published, is fitted on the training rows alone.
 """
 
 import warnings
@@ -83,14 +83,14 @@ class GaussianProcess:
     fits_validation_rows = True
 
     def __init__(self, seed: int) -> None:
-        # Standardised predictors lie about sqrt(2 x 160) = 18 apart: a first length of 10 is of that order.
+        # Standardised samples are about sqrt(2 x 160) = 18 apart: an initial length scale of 10 is of that order.
         kernel = ConstantKernel(1.0) * RBF(10.0) + WhiteKernel(1.0)
         self.model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
 
     def fit(self, x: Array, covariates: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,); kernel by maximum likelihood."""
+        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,); the kernel by maximum likelihood."""
         with warnings.catch_warnings():
-            # A noise at its bound is a result: 1e-5 of the target's variance are as good as none.
+            # A noise level at its lower bound is a valid result: 1e-5 of the target's variance is practically none.
             warnings.simplefilter("ignore", ConvergenceWarning)
             self.model.fit(flat(x, covariates), y.astype(np.float64))
         return self
@@ -110,7 +110,7 @@ class GaussianProcess:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """The fitted estimator of `tensors()`; it predicts means, no variances."""
+        """The fitted estimator of `tensors()`; it predicts means, but no variances."""
         process = cls(seed=0)
         model = process.model
         model.kernel_ = model.kernel.clone_with_theta(tensors["log_hyperparameters"])
@@ -122,10 +122,9 @@ class GaussianProcess:
 class Rocket:
     """Random convolutional kernels and a ridge on their features.
 
-    Dempster, Petitjean and Webb, "ROCKET: exceptionally fast and accurate time series
-    classification using random convolutional kernels", Data Mining and Knowledge Discovery
-    34, 2020. The parts of sktime's RocketRegressor (series normalised, features scaled,
-    ridge penalty by leave-one-out), held here one by one so that they can be saved.
+    Dempster, Petitjean and Webb, "ROCKET: exceptionally fast and accurate time series classification using random
+    convolutional kernels", Data Mining and Knowledge Discovery 34, 2020. The parts of sktime's RocketRegressor (series
+    normalised, features scaled, ridge penalty by leave-one-out) are separate here so that they can be saved.
 
     Args:
         num_kernels: number of random kernels.
@@ -136,10 +135,10 @@ class Rocket:
     KERNEL_ARRAYS = ("weights", "lengths", "biases", "dilations", "paddings", "channel_counts", "channels")
 
     def __init__(self, seed: int, num_kernels: int = 15000) -> None:
-        import numba  # imported here: these take seconds
+        import numba  # imported here because they take seconds to load
         from sktime.transformations.rocket import Rocket as RocketTransform
 
-        # As many threads as numba has; sktime's "all" counts cores that a container or NUMBA_NUM_THREADS withholds.
+        # As many threads as numba has; sktime's "all" ignores the limits of a container or NUMBA_NUM_THREADS.
         self.transform = RocketTransform(num_kernels, random_state=seed, n_jobs=numba.get_num_threads())
         self.scaler = StandardScaler(with_mean=False)
         self.ridge = RidgeCV(alphas=np.logspace(-3, 3, 10))
@@ -150,7 +149,9 @@ class Rocket:
     def fit(self, x: Array, covariates: Array, y: Array) -> Self:
         """Fit on x (sample, band, step), covariates (sample, channel), y (sample,)."""
         if x.shape[2] < 2:
-            raise InputError("Rocket scales each series by its own mean and spread, of which a single step leaves nothing")
+            raise InputError(
+                "Rocket normalises each series by its own mean and deviation, which takes at least 2 time steps"
+            )
         self.transform.fit(x.astype(np.float32))
         self.ridge.fit(self.scaler.fit_transform(self._features(x, covariates)), y.astype(np.float64))
         return self

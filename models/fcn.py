@@ -20,7 +20,7 @@ class FCN(nn.Module):
 
     def __init__(self, bands: int, steps: int) -> None:
         super().__init__()
-        # Padding 4 on both sides of a kernel of 8: one step more comes out than went in.
+        # A kernel of 8 with padding 4 on both sides, as published: the output is one step longer than the input.
         self.conv1 = conv_norm(bands, 128, 8, (0, 4))
         self.conv2 = conv_norm(128, 256, 5, "same")
         self.conv3 = conv_norm(256, 128, 3, "same")
@@ -32,7 +32,7 @@ class FCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
-        # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
+        # As an image of one row in channels-last: PyTorch's 2-d convolutions on it are faster than its 1-d ones.
         x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         x = self.conv3(self.conv2(self.conv1(x)))
         return self.head(x.mean((2, 3))).squeeze(1)

@@ -12,14 +12,14 @@ from utils.errors import InputError
 
 
 def conv(channels_in: int, channels_out: int, kernel_size: int) -> nn.Sequential:
-    """Convolution along the steps that keeps their number; for an even kernel the extra zero is on the right."""
+    """Convolution along the steps that keeps their number; an even kernel gets its extra zero on the right."""
     padding = nn.ZeroPad2d(((kernel_size - 1) // 2, kernel_size // 2, 0, 0))
     convolution = nn.Conv2d(channels_in, channels_out, (1, kernel_size), bias=False)
     return nn.Sequential(padding, convolution) if kernel_size > 1 else nn.Sequential(convolution)
 
 
 class InceptionModule(nn.Module):
-    """Bottleneck and three convolutions, beside a max-pool; concatenated, batch norm, ReLU."""
+    """A bottleneck and three parallel convolutions, and a max-pooling branch; concatenation, batch norm, ReLU."""
 
     def __init__(self, channels_in: int, bottleneck_factor: int, num_filters: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class InceptionModule(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """1x1 convolution and batch norm of an earlier activation, added to the present one; ReLU."""
+    """1x1 convolution and batch norm of an earlier activation, added to the current one; ReLU."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class InceptionTime(nn.Module):
     Xavier-uniform weights, zero biases.
 
     Args:
-        bottleneck_factor: channels into a bottleneck over channels out of it.
-        num_filters: channels of each branch of a module.
+        bottleneck_factor: input channels of a bottleneck divided by its output channels.
+        num_filters: output channels of each branch of a module.
 
     Raises:
         InputError: the bottleneck leaves no channel.
@@ -89,7 +89,7 @@ class InceptionTime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
-        # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
+        # As an image of one row in channels-last: PyTorch's 2-d convolutions on it are faster than its 1-d ones.
         x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         first = self.shortcut1(self.module3(self.module2(self.module1(x))), x)
         y = self.shortcut2(self.module6(self.module5(self.module4(first))), first)

@@ -1,4 +1,4 @@
-"""MLP: a multilayer perceptron on the flat series.
+"""MLP: a multilayer perceptron on the flattened series.
 
 The baseline of Wang, Yan and Oates, "Time series classification from scratch with deep neural networks", IJCNN 2017, in
 the sizes of the ResNeTS paper: 160-64-64-64-1 for 10 bands and 16 steps.

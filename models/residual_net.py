@@ -52,7 +52,7 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
-        # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
+        # As an image of one row in channels-last: PyTorch's 2-d convolutions on it are faster than its 1-d ones.
         x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         x = self.block3(self.block2(self.block1(x)))
         return self.head(x.mean((2, 3))).squeeze(1)

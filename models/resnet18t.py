@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         shortcut: list[nn.Module] = []
         if shortcut_pooling and stride > 1:
-            # The last window may hold fewer steps than the stride: their own mean.
+            # The last window may hold fewer steps than the stride, which are then averaged.
             shortcut.append(nn.AvgPool2d((1, stride), ceil_mode=True))
         if channels_in != channels_out or stride > 1:
             shortcut.append(conv_norm(channels_in, channels_out, 1, 1 if shortcut_pooling else stride))
@@ -42,18 +42,18 @@ class BasicBlock(nn.Module):
 class ResNet18T(nn.Module):
     """A 1x1 stem, stages of basic blocks, mean over the steps, linear.
 
-    Kaiming-normal convolutions (fan out), PyTorch's own linear.
+    Kaiming-normal initial weights of convolutions (fan out), PyTorch's default for the linear layer.
 
     Args:
-        num_blocks_per_stage: blocks of each of the 4 stages.
-        num_channels: channels of each of the 4 stages.
+        num_blocks_per_stage: residual blocks in each of the 4 stages.
+        num_channels: channels in each of the 4 stages.
         strides: stride, in time steps, of each of the 4 stages, in the first convolution of its first block.
-        kernel_size: time steps that a convolution sees, odd.
-        stem_channels: channels out of the stem.
-        shortcut_pooling: yes/no, strided shortcuts average steps instead of skipping them.
+        kernel_size: time steps in the kernel of a convolution, odd.
+        stem_channels: output channels of the stem.
+        shortcut_pooling: yes/no, strided shortcuts average time steps instead of skipping them.
 
     Raises:
-        InputError: the kernel cannot be centred or is longer than any padded series, or a stride than the series.
+        InputError: the kernel size is even or too large for the series, or a stride is larger than the series.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ResNet18T(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(sample, band, step) to (sample,)."""
-        # An image of one row in channels-last: PyTorch's 2-d convolutions are faster so than its 1-d ones.
+        # As an image of one row in channels-last: PyTorch's 2-d convolutions on it are faster than its 1-d ones.
         x = x.mT.contiguous().unsqueeze(1).permute(0, 3, 1, 2)
         x = self.blocks(self.stem(x).relu())
         return self.head(x.mean((2, 3))).squeeze(1)

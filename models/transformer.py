@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def positional_encoding(steps: int, features: int) -> Tensor:
-    """(step, feature) float32 codes of positions 1..steps: sine at even, cosine at odd features, base 10000."""
+    """Encoding of positions 1..steps, (step, feature) float32: sine at even, cosine at odd features, base 10000."""
     frequency = 10000 ** (-torch.arange(0, features, 2, dtype=torch.float64) / features)
     angle = torch.arange(1, steps + 1)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()
@@ -18,7 +18,7 @@ def positional_encoding(steps: int, features: int) -> Tensor:
 class Transformer(nn.Module):
     """Layer norm, linear map to 64, positions, five post-norm encoder layers, maximum over the steps, linear.
 
-    The encoder layers start as copies of one another.
+    The encoder layers start with identical weights.
     """
 
     positions: Tensor

@@ -214,7 +214,7 @@ def test_a_disk_that_fills_under_tensorboard_ends_in_one_sentence(
 
     monkeypatch.setattr(canopy, "train", fail)
     done = run_canopy(*SHORT, *tiles)
-    assert done.returncode == 2 and "the disk is full; with more space, go on by" in done.stderr
+    assert done.returncode == 2 and "the disk is full; free some space, then resume with:" in done.stderr
 
 
 def test_what_a_reading_process_refuses_is_one_sentence(
@@ -408,7 +408,7 @@ def test_bf16_is_refused_where_there_is_none_and_auto_falls_back(
     refused = run_canopy(*SHORT, *tiles, "precision=bf16")
     assert refused.returncode == 2 and "precision=bf16" in refused.stderr
     done = run_canopy(*SHORT, *tiles, "precision=auto", "epochs=1")
-    assert "[*] Precision 32: cpu does not multiply bf16" in done.stdout
+    assert "[*] Precision 32: this cpu has no native bf16 arithmetic" in done.stdout
 
 
 def test_out_of_memory_says_which_flags_to_lower(

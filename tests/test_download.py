@@ -44,7 +44,7 @@ def test_the_table_is_fetched_once(
     assert (tmp_path / "data" / "dataset.xlsx").read_bytes() == CONTENT
     monkeypatch.setattr(download, "URL", f"{address}/gone")
     download.main()
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
 def test_another_file_is_refused(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

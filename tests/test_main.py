@@ -314,7 +314,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path, undistur
         assert time.monotonic() - before < 5
         if end == signal.SIGINT:
             assert process.returncode == 130
-            assert "Interrupted; to go on from the last saved epoch: " in errors and "Traceback" not in errors
+            assert "Interrupted; to resume from the last checkpoint: " in errors and "Traceback" not in errors
         assert (cut / CHECKPOINT).exists()
         assert not (cut / "metrics.json").exists()
     resumed = start(cut, *LONG)
@@ -347,7 +347,7 @@ run_or_explain(main)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Interrupted; to go on from the last saved epoch: " in errors
+    assert process.returncode == 130 and "Interrupted; to resume from the last checkpoint: " in errors
 
 
 def test_a_run_is_resumed_whose_last_epoch_is_not_validated(tmp_path: Path, run_script: Runner) -> None:
@@ -371,7 +371,7 @@ def test_a_checkpoint_is_not_continued_with_other_flags(tmp_path: Path, run_scri
     process.communicate()
     done = run_script("main.py", *LONG, "seed=7")
     assert done.returncode == 2
-    assert "is of a run with seed=42, but seed=7 was given; go on with the former" in done.stderr
+    assert "is of a run with seed=42, but seed=7 was given; resume with the former value" in done.stderr
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(run_main: Callable[..., Ended], tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(run_main: Callable[..., E
         (tmp_path / CHECKPOINT).write_bytes(content)
         done = run_main(*SHORT)
         assert done.returncode == 2
-        assert "is damaged or of an earlier version of this project; without it the run starts anew" in done.stderr
+        assert "is damaged or of an earlier version of this project; delete it to start over" in done.stderr
 
 
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_script: Runner, tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
         (["epochs=0"], "epochs: 0 is not a whole number of at least 1"),
         (["beta1=1"], "beta1: 1 is not a number of at least 0 and below 1"),
         (["eps=0"], "eps: 0 is not a number above 0"),
-        (["lr=nan"], "lr: nan is not finite; expected is a number of at least 0"),
+        (["lr=nan"], "lr: nan is not finite; a number of at least 0 is expected"),
         (["dataset=demo", "kernel_size=4"], "kernel_size=4 does not fit"),
         (["dataset=demo", "model=InceptionTime", "bottleneck_factor=999"], "bottleneck_factor=999 leaves no channel"),
         (["dataset=demo", "strides=9 9 1 1"], "leaves no time step"),
@@ -449,7 +449,7 @@ def test_files_that_cannot_be_written_end_in_one_sentence(
     run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for code, said in (
-        (errno.EDQUOT, "the disk is full; with more space, go on by"),
+        (errno.EDQUOT, "the disk is full; free some space, then resume with:"),
         (errno.EROFS, "Read-only file system"),
     ):
 

@@ -69,7 +69,7 @@ def test_no_plot_is_on_two_sides_of_a_fold(demo: Table, procedure: str, seed: in
     assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(len(plots)))
 
 
-def test_the_seed_moves_the_validation_part_only(demo: Table) -> None:
+def test_the_seed_changes_only_the_validation_part(demo: Table) -> None:
     samples = prepare(demo, "Simpson")
     for one, other in zip(split(samples, "split_by_plot", 1), split(samples, "split_by_plot", 2), strict=True):
         assert np.array_equal(one.test, other.test)
@@ -124,10 +124,10 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (lambda rows: rows.drop(columns="nirb_4"), r"10 bands .* x 16 steps has holes, no column 'nirb_4'; bands="),
-        (lambda rows: rows.rename(columns={"ep": "plot"}), r"no column 'ep', which tells the plot .*plot_column=none takes"),
+        (lambda rows: rows.drop(columns="nirb_4"), r"10 bands .* x 16 steps has holes: no column 'nirb_4'; bands="),
+        (lambda rows: rows.rename(columns={"ep": "plot"}), r"no column 'ep', which gives the plot .*plot_column=none makes"),
         (lambda rows: rows.rename(columns={"red_3": " Red_3"}), "no column 'Red_0', .*; there is 'red_0', which differs"),
-        (lambda rows: rows.drop(columns=PREDICTORS[:7]), r"steps has holes, no column 'blue_0', .*'nirb_0' and 2 more; "),
+        (lambda rows: rows.drop(columns=PREDICTORS[:7]), r"steps has holes: no column 'blue_0', .*'nirb_0' and 2 more; "),
         (lambda rows: rows.drop(columns=PREDICTORS), r"has no predictors: numbers in columns <band>_<step>, such as B02_1"),
         (lambda rows: rows.assign(red_03=1.0), "the columns 'red_3' and 'red_03' are the same band and step"),
         (break_text, r"row 7 \(yep .*\), column 'nir_3': 'cloudy' is not a finite number"),
@@ -135,7 +135,7 @@ def break_text(rows: pd.DataFrame) -> pd.DataFrame:
         (lambda rows: pd.concat([rows, rows.head(1)]), "row 42, column 'yep': .* appears more than once"),
         (lambda rows: rows.assign(year="in 2018"), "row 2 .*column 'year': 'in 2018' is not"),
         (lambda rows: rows.assign(year=rows["year"] + 0.5), r"row 2 .*column 'year': '\d+\.5' is not a whole year"),
-        (lambda rows: rows.assign(red_0=True), "holes, no column 'red_0'; .*; there is no number in 'red_0'"),
+        (lambda rows: rows.assign(red_0=True), "holes: no column 'red_0'; .*; 'red_0' has no numbers"),
         (lambda rows: rows.assign(red_0=rows["red_0"].where(rows.index != 2, 1e300)), "row 4 .* finite number of single"),
         (lambda rows: pd.concat([rows, rows["red_0"]], axis=1), "has the column 'red_0' more than once"),
     ],
@@ -148,7 +148,7 @@ def test_a_broken_table_is_refused_in_one_sentence(demo: Table, tmp_path: Path, 
     assert path.name in str(caught.value)
 
 
-def test_files_that_are_no_tables(demo: Table, tmp_path: Path) -> None:
+def test_files_that_are_not_tables_are_refused(demo: Table, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_table(tmp_path / "absent.xlsx")
     (tmp_path / "table.txt").write_text("a")
@@ -228,7 +228,7 @@ def test_a_named_sheet_is_read(demo: Table, tmp_path: Path) -> None:
 
 
 def own_table(bands: tuple[str, ...] = ("B02", "B8A"), steps: tuple[int, ...] = (1, 2, 10), count: int = 40) -> Table:
-    """A researcher's table: no year, region or key, columns in an order of its own."""
+    """A researcher's table: no year, region or key, columns in another order."""
     rng = np.random.default_rng(0)
     series = {f"{band}_{step}": rng.uniform(0, 1, count) for step in reversed(steps) for band in bands}
     first = {"site": [f"AEG{number % 20:02d}" for number in range(count)], "biomass_g_m2": rng.uniform(50, 900, count)}
@@ -263,29 +263,29 @@ def test_band_names_with_underscores_and_other_numbered_columns() -> None:
     assert prepare(table._replace(rows=rows), "biomass_2019", plot_column="site").y[0] == 3.0
 
 
-def test_blanks_around_names_make_no_plots_of_their_own() -> None:
+def test_spaces_around_names_do_not_make_other_plots() -> None:
     table = own_table()
     table.rows.loc[3, "site"] += " "
     table.rows["use"] = ["hay", " hay"] * 20
     samples = prepare_own(table, covariates=["use"])
     assert samples.keys["plot"].nunique() == 20 and samples.covariates["use"].unique().tolist() == ["hay"]
     table.rows.loc[3, "site"] = "aeg03"
-    with pytest.raises(InputError, match=r"column 'site': '\w+' and '\w+' differ in capitals alone"):
+    with pytest.raises(InputError, match=r"column 'site': '\w+' and '\w+' differ only in capitals"):
         prepare_own(table)
 
 
-def test_a_series_does_not_get_shorter_without_a_word() -> None:
+def test_no_step_of_a_series_is_left_out_silently() -> None:
     table = own_table(bands=("ndvi",), steps=(0, 1, 2))
     for flags in ({"covariates": ["ndvi_1"]}, {}):
         with pytest.raises(InputError, match=r"=ndvi_1: it is one of the predictors, of the band 'ndvi'"):
             prepare(table, "biomass_g_m2" if flags else "ndvi_1", plot_column="site", **flags)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"column 'ndvi_1': there is no number in it, as in the others"):
+    with pytest.raises(InputError, match=r"column 'ndvi_1': it has no numbers, unlike the other"):
         prepare_own(table._replace(rows=table.rows.assign(ndvi_1="cloudy")))
-    with pytest.raises(InputError, match=r"no complete row .*; nothing is in its column 'ndvi_1'"):
+    with pytest.raises(InputError, match=r"no complete row .*; its column 'ndvi_1' is empty"):
         prepare_own(table._replace(rows=table.rows.assign(ndvi_1=np.nan)))
 
 
-def test_rows_twice_and_missing_values_are_told() -> None:
+def test_repeated_rows_and_missing_values_are_reported() -> None:
     table = own_table()
     rows = pd.concat([table.rows, table.rows.head(2)], ignore_index=True)
     rows.loc[5:7, "B02_1"] = np.nan
@@ -307,19 +307,19 @@ def test_a_table_without_rows() -> None:
         prepare_own(table._replace(rows=table.rows.head(0)))
 
 
-def test_a_part_of_the_bands_and_steps_may_be_chosen() -> None:
+def test_some_of_the_bands_and_steps_can_be_selected() -> None:
     table = own_table(bands=("B02", "B03", "B04"), steps=tuple(range(36)))
     samples = prepare_own(table, bands=["B04", "B02"], steps=range(3, 21))
     assert samples.columns.bands == ("B02", "B04") and samples.x.shape == (40, 2, 18)
     np.testing.assert_array_equal(samples.x[:, 1, 0], table.rows["B04_3"])
     holed = table._replace(rows=table.rows.drop(columns=["B03_7", "B04_30"]))
-    with pytest.raises(InputError, match=r"3 bands .* x 36 steps has holes, no column 'B03_7', 'B04_30'; bands="):
+    with pytest.raises(InputError, match=r"3 bands .* x 36 steps has holes: no column 'B03_7', 'B04_30'; bands="):
         prepare_own(holed)
     assert prepare_own(holed, bands=["B02", "B03"], steps=range(8, 36)).x.shape == (40, 2, 28)
 
 
-def test_rows_may_be_plots_of_their_own() -> None:
-    with pytest.raises(InputError, match=r"no column 'ep', .*; plot_column=... names .*\(text is in site, note\)"):
+def test_each_row_can_be_a_plot() -> None:
+    with pytest.raises(InputError, match=r"no column 'ep', .*; plot_column=... names .*\(columns with text: site, note\)"):
         prepare(own_table(), "biomass_g_m2")
     samples = prepare(own_table(), "biomass_g_m2", plot_column="none")
     assert samples.keys["plot"].nunique() == 40 and "each row a plot" in describe(own_table(), samples)
@@ -328,32 +328,34 @@ def test_rows_may_be_plots_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"year_column": "jahr"}, "no column 'jahr', which tells the year of a row; year_column=... names another"),
-        ({"region_column": "Site"}, "no column 'Site', which tells the region of a row; there is 'site', which differs"),
+        ({"year_column": "jahr"}, "no column 'jahr', which gives the year of a row; year_column=... names another"),
+        ({"region_column": "Site"}, "no column 'Site', which gives the region of a row; there is 'site', which differs"),
         ({"covariates": ["slope"]}, "no column 'slope', named in covariates"),
         ({"covariates": ["biomass_g_m2"]}, "covariates=biomass_g_m2: the study variable cannot be an input, too"),
     ],
 )
-def test_columns_that_are_not_there_are_named(options: dict[str, object], said: str) -> None:
+def test_absent_columns_are_named(options: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         prepare_own(own_table(), **options)
 
 
-def test_an_unknown_study_variable_is_answered_with_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no column 'Shannon', the study .*; numbers .* are in biomass_g_m2, height$"):
+def test_an_unknown_study_variable_is_answered_with_the_possible_ones() -> None:
+    with pytest.raises(
+        InputError, match=r"no column 'Shannon', the requested .*; columns with numbers .*: biomass_g_m2, height$"
+    ):
         prepare(own_table(), "Shannon", plot_column="site")
-    with pytest.raises(InputError, match="column 'note': 'seen' is no number, as the study variable is; numbers beside"):
+    with pytest.raises(InputError, match=r"'seen' is not a number, as the .* must be; columns with"):
         prepare(own_table(), "note", plot_column="site")
 
 
-def test_nodata_is_missing_and_values_far_off_are_told() -> None:
+def test_nodata_is_missing_and_outliers_are_reported() -> None:
     table = own_table()
     rows = table.rows
     rows.loc[:14, "B02_2"] = -9999.0
     rows.loc[20, "biomass_g_m2"] = -9999.0
     rows["slope"] = [*range(39), -9999]
-    told = prepare_own(table, covariates=["slope"])
-    assert told.far_off == {"B02": (15, -9999.0), "biomass_g_m2": (1, -9999.0), "slope": (1, -9999.0)} and len(told.y) == 40
+    kept = prepare_own(table, covariates=["slope"])
+    assert kept.far_off == {"B02": (15, -9999.0), "biomass_g_m2": (1, -9999.0), "slope": (1, -9999.0)} and len(kept.y) == 40
     samples = prepare_own(table, nodata=[-9999.0])
     assert samples.dropped == {"missing value": 16} and samples.far_off == {} and samples.x.min() >= 0
 
@@ -378,7 +380,7 @@ def test_covariates_are_scaled_and_coded_by_training_rows_alone() -> None:
     assert inputs.record["value_range"]["B02"] == [samples.x[train, 0].min(), samples.x[train, 0].max()]
 
 
-def test_folds_by_year_and_of_another_number(demo: Table) -> None:
+def test_folds_by_year_and_another_number_of_folds(demo: Table) -> None:
     samples = prepare(demo, "Shannon")
     years = samples.keys["year"].to_numpy()
     folds = split(samples, "split_by_year", 42)
@@ -388,7 +390,7 @@ def test_folds_by_year_and_of_another_number(demo: Table) -> None:
         assert not set(years[fold.test]) & set(years[np.concatenate([fold.train, fold.validation])])
         assert not set(plots[fold.train]) & set(plots[fold.validation])
     assert len(split(samples, "split_by_plot", 42, folds=3)) == 3
-    with pytest.raises(InputError, match=r"split_by_year needs to know the year of a row, year_column=\.\.\. names"):
+    with pytest.raises(InputError, match=r"split_by_year needs the year of each row; year_column=\.\.\. names"):
         split(prepare_own(own_table()), "split_by_year", 42)
 
 
@@ -402,12 +404,12 @@ def test_splits_that_cannot_train_are_refused(demo: Table) -> None:
     constant = demo.rows.assign(Shannon=1.0)
     with pytest.raises(InputError, match=r"fold 1: training rows: \d+, different target values among them: 1;"):
         split(prepare(with_rows(demo, constant), "Shannon"), "split_by_plot", 42)
-    with pytest.raises(InputError, match=r"no complete row for Shannon .*; nothing is in its column 'region'"):
+    with pytest.raises(InputError, match=r"no complete row for Shannon .*; its column 'region' is empty"):
         prepare(with_rows(demo, demo.rows.assign(explo=None)), "Shannon")
     tiny = demo.rows.drop_duplicates("ep").head(12)
     with pytest.raises(InputError, match="fold 1: test rows: 2; 3 are needed"):
         split(prepare(with_rows(demo, tiny), "Shannon"), "split_by_plot", 42)
-    with pytest.raises(InputError, match=r"no column 'Simpson', .*; numbers beside the .* in SpecRichness, Shannon$"):
+    with pytest.raises(InputError, match=r"no column 'Simpson', .*; columns with numbers .*: SpecRichness, Shannon$"):
         prepare(with_rows(demo, demo.rows.drop(columns="Simpson")), "Simpson")
     with pytest.raises(InputError, match=r"no column 'Simpson', .*; there is 'simpson'"):
         prepare(with_rows(demo, demo.rows.rename(columns={"Simpson": "simpson"})), "Simpson")

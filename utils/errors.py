@@ -1,5 +1,5 @@
-"""Errors that a user can mend: one sentence, exit code 2, no traceback."""
+"""Errors caused by invalid input: one sentence, exit code 2, no traceback."""
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is one sentence that names it and says what was expected."""
+    """Invalid input; the message is one sentence that says what is wrong, where, and what was expected."""

@@ -1,4 +1,4 @@
-"""Types of command-line flags: each turns a flag's text into a value or says what was expected."""
+"""Types of command-line flags: each converts the text of a flag to a value, or says what was expected."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 def yes_no(text: str) -> bool:
-    """Yes, true and 1 are true; no, false, 0 and nothing, as Guild hands on a plain `no` of a batch file, are false."""
+    """True for yes, true and 1; False for no, false, 0 and the empty text that Guild makes of `no` in a batch file."""
     lowered = text.strip().lower()
     if lowered in ("yes", "true", "1"):
         return True
@@ -30,9 +30,10 @@ def auto_yes_no(text: str) -> str:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """One of some names, checked here where Guild's own check of choices would not do.
+    """One of the given names.
 
-    Guild reads a name like 32 as a number, and keeps the choices it once imported when only `models` has changed.
+    Checked here and not by argparse's `choices`, which Guild would import: it reads a name like 32 as a number, and keeps
+    the choices that it once imported when only `models` has changed.
     """
 
     def parse(text: str) -> str:
@@ -44,7 +45,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A whole number from `least` on, up to `most` where given."""
+    """A whole number of at least `least` and, if given, at most `most`."""
     expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
 
     def parse(text: str) -> int:
@@ -60,7 +61,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def real(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """A finite number from `least` to `most`, themselves excluded if it must lie above and below them."""
+    """A finite number from `least` to `most`; `above` and `below` exclude these bounds themselves."""
     expected = f"a number above {least:g}" if above else f"a number of at least {least:g}"
     if math.isfinite(most):
         expected += f" and below {most:g}" if below else f" and at most {most:g}"
@@ -71,7 +72,7 @@ def real(least: float, most: float = math.inf, *, above: bool = False, below: bo
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
         if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite; expected is {expected}")
+            raise argparse.ArgumentTypeError(f"{text} is not finite; {expected} is expected")
         if not least <= value <= most or (above and value == least) or (below and value == most):
             raise argparse.ArgumentTypeError(f"{text} is not {expected}")
         return value
@@ -89,9 +90,9 @@ def whole_list(length: int) -> Callable[[str], tuple[int, ...]]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
         if len(values) != length:
-            raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; expected are {expected}")
+            raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; {expected} are expected")
         if min(values) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} has a number below 1; expected are {expected}")
+            raise argparse.ArgumentTypeError(f"{text!r} has a number below 1; {expected} are expected")
         return values
 
     return parse
@@ -108,7 +109,7 @@ def step_ranges(text: str) -> str:
 
 
 def numbers_of(ranges: str) -> list[int]:
-    """The whole numbers of `step_ranges`, none for `all`."""
+    """The whole numbers in a text that `step_ranges` accepts; an empty list for `all`."""
     if ranges == "all":
         return []
     found: list[int] = []
@@ -118,7 +119,7 @@ def numbers_of(ranges: str) -> list[int]:
 
 
 def names_in(text: str, nothing: str) -> list[str]:
-    """Names separated by commas, or by spaces where there is no comma; none for the word `nothing`."""
+    """Names separated by commas, or by spaces if there is no comma; an empty list if the text is the word `nothing`."""
     if text == nothing:
         return []
     return [name.strip() for name in text.split("," if "," in text else None) if name.strip()]
@@ -135,7 +136,7 @@ def real_list(text: str) -> str:
 
 
 def number_of(*allowed: float) -> Callable[[str], float]:
-    """One of some numbers, however it is written."""
+    """One of the given numbers, in any notation."""
     expected = ", ".join(f"{value:g}" for value in allowed)
 
     def parse(text: str) -> float:
@@ -151,7 +152,7 @@ def number_of(*allowed: float) -> Callable[[str], float]:
 
 
 def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The word auto, whose value (None) is settled by something else, or what `parse` accepts."""
+    """None for the word auto, which is resolved elsewhere; otherwise what `parse` accepts."""
     return lambda text: None if text == "auto" else parse(text)
 
 
@@ -165,9 +166,9 @@ def assignment(name: str, value: Any) -> str:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose flags have types with ranges, and whose errors are one sentence with exit code 2.
+    """An argument parser whose flags have types with ranges, and whose errors are one sentence with exit code 2.
 
-    The types are applied after parsing: Guild imports the flags from argparse and knows no types but Python's own.
+    The types are applied after parsing, because Guild, which imports the flags from argparse, knows only Python's own types.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -180,7 +181,7 @@ class FlagParser(argparse.ArgumentParser):
         self.types[name] = type
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-        """The flags by name, from these arguments or the command line's."""
+        """The flags by name, from the given arguments or else from the command line."""
         flags = vars(self.parse_args(self._joined(sys.argv[1:] if arguments is None else arguments)))
         for name, type_of in self.types.items():
             try:
@@ -190,12 +191,12 @@ class FlagParser(argparse.ArgumentParser):
         return flags
 
     def changed(self, flags: dict[str, Any], names: Sequence[str]) -> list[str]:
-        """`name value` of those of the flags that are not at their defaults."""
+        """`name value` for each of the named flags that is not at its default."""
         defaults = self.parse_flags([])
         return [f"{name} {flags[name]}" for name in names if flags[name] != defaults[name]]
 
     def _joined(self, arguments: Sequence[str]) -> list[str]:
-        """Each flag with its value as one argument: of its own, a value like -9999,0 would pass for a flag."""
+        """Join each flag and its value into one argument: on its own, a value like -9999,0 would be taken for a flag."""
         joined: list[str] = []
         for argument in arguments:
             if joined and joined[-1].removeprefix("--") in self.types:
@@ -205,6 +206,6 @@ class FlagParser(argparse.ArgumentParser):
         return joined
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and leave."""
+        """Print the message and exit."""
         self.exit(2, f"{self.prog}: {message}\n")
         raise AssertionError("exit returned")

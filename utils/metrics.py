@@ -1,4 +1,4 @@
-"""Figures of a regression: how predictions agree with observations."""
+"""Metrics of a regression: how well predictions agree with observations."""
 
 from typing import NamedTuple
 
@@ -27,9 +27,9 @@ class Scores(NamedTuple):
 def score(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> Scores:
     """Scores of predictions (sample,) against observations (sample,).
 
-    With the least-squares line p ~ a + b o, the systematic error is that of the
-    line against the 1:1 line and the unsystematic error is what remains: their
-    squares add up to the mean squared error. Constant observations have no such line and give nan.
+    With the least-squares line p ~ a + b o, the systematic error is that of the line against the 1:1 line and the
+    unsystematic error is what remains: their squares add up to the mean squared error. Constant observations have no such
+    line; their r2, rmses and rmseu are nan.
     """
     rmse = root_mean_squared_error(observed, predicted)
     if np.ptp(observed) == 0:

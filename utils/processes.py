@@ -28,11 +28,11 @@ def start(device: torch.device, devices: int, num_nodes: int, precision: str, ba
         device: of this process, where it is the only one; otherwise its type is that of all devices.
         devices: processes of a node.
         num_nodes: nodes, whose processes torchrun or Slurm has started.
-        precision: 32 or bf16 (mixed).
+        precision: 32, or bf16 for mixed precision.
         batch_size: of the batches that the processes share.
 
     Raises:
-        InputError: the arguments disagree with the launcher, or there are too few devices, or batches have no equal shares.
+        InputError: the arguments disagree with the launcher, there are too few devices, or batches cannot be shared evenly.
     """
     # Loaded here: it takes longer than all other imports, and Guild imports the scripts for their flags alone.
     from lightning_fabric import Fabric
@@ -55,7 +55,7 @@ def start(device: torch.device, devices: int, num_nodes: int, precision: str, ba
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the run reports the precision itself
     with warnings.catch_warnings():
-        # Where Slurm is installed, Lightning advises it to every run that does not ask for it.
+        # Where Slurm is installed, Lightning recommends it to every run that does not use it.
         warnings.filterwarnings("ignore", message="The `srun` command is available")
         fabric = Fabric(
             accelerator=device.type,
@@ -65,7 +65,7 @@ def start(device: torch.device, devices: int, num_nodes: int, precision: str, ba
             precision="bf16-mixed" if precision == "bf16" else "32-true",
         )
     if several and not launched:
-        # Fabric would start the others as it thinks this one was: as a module, which under Guild is Guild's own.
+        # Fabric would start the others as it thinks this one was started: as a module, which under Guild is Guild itself.
         sys.modules["__main__"].__spec__ = None
     fabric.launch()
     return fabric
@@ -73,10 +73,10 @@ def start(device: torch.device, devices: int, num_nodes: int, precision: str, ba
 
 @contextlib.contextmanager
 def ending_together(fabric: "Fabric") -> Iterator[None]:
-    """A block that all processes run. An input error in one ends them all, with one sentence; otherwise the group ends.
+    """A block that all processes run. An input error in one of them ends all of them, with one sentence.
 
     Raises:
-        InputError: the block raised it, or another process has gone.
+        InputError: the block raised it, or another process has ended.
     """
     try:
         yield
@@ -89,37 +89,37 @@ def ending_together(fabric: "Fabric") -> Iterator[None]:
             raise InputError(f"process {fabric.global_rank} stopped because another one did") from error
         raise
     if torch.distributed.is_initialized():
-        # The group's threads end with its last reference, one of which the network has. A thread that lets go of a
-        # tensor while Python shuts down would end this process, and with it all others.
+        # The group's threads end with the last reference to it, and the network holds one. A thread that released a tensor
+        # while Python shuts down would crash this process, and with it all others.
         gc.collect()
         torch.distributed.destroy_process_group()
 
 
 def resolve_precision(precision: str, device: torch.device) -> tuple[str, list[str]]:
-    """The precision of a run, 32 or bf16, where `auto` is bf16 if the device multiplies it.
+    """The precision of a run, 32 or bf16; `auto` is bf16 on devices with native bf16 arithmetic.
 
     Returns:
-        The precision, and lines that tell the user what auto means.
+        The precision, and lines that tell the user what auto was resolved to.
 
     Raises:
-        InputError: bf16 was asked for on hardware without it.
+        InputError: bf16 was requested on a device without it.
     """
     able = fast_bf16(device)
     if precision == "auto":
         resolved = "bf16" if able else "32"
-        return resolved, [f"Precision {resolved}: {device.type} {'multiplies' if able else 'does not multiply'} bf16"]
+        return resolved, [f"Precision {resolved}: this {device.type} has {'' if able else 'no '}native bf16 arithmetic"]
     if precision == "bf16" and not able:
         raise InputError(
-            f"precision=bf16 was asked for, but this {device.type} does not multiply bf16; auto falls back to 32"
+            f"precision=bf16: this {device.type} has no native bf16 arithmetic; precision=auto falls back to 32"
         )
     return precision, []
 
 
 def first_process_first(fabric: "Fabric", load: Callable[[], Loaded]) -> Loaded | None:
-    """Call `load` in the first process, then in the others, which find what it wrote.
+    """Call `load` in the first process, then in the others, which use what it wrote.
 
     Returns:
-        What `load` returned; None in the other processes where the first one refused.
+        What `load` returned; None in the other processes if the first one raised an InputError.
 
     Raises:
         InputError: the first process raised it.
@@ -146,11 +146,11 @@ def reduced(fabric: "Fabric", tensor: Tensor, operation: str) -> Tensor:
 
 
 def gathered(fabric: "Fabric", tensor: Tensor) -> Tensor:
-    """The tensors of all processes, of one shape, joined along the first axis."""
+    """The tensors of all processes, which have the same shape, concatenated along the first axis."""
     joined = tensor.new_empty(fabric.world_size * len(tensor), *tensor.shape[1:])
     torch.distributed.all_gather_single(joined, tensor.contiguous())
     return joined
 
 
 def silent(line: str) -> None:
-    """The log of processes other than the first: nothing."""
+    """Log nothing, in processes other than the first."""

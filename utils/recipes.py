@@ -1,6 +1,6 @@
-"""Optimiser and learning-rate schedule of each architecture, as published, and the flags that change them.
+"""The published optimiser and learning-rate schedule of each architecture, and the flags that change them.
 
-An architecture that is not listed trains like ResNet18T: AdamW and a cosine from `lr` to 0.
+An architecture that is not listed trains like ResNet18T, with AdamW and a cosine schedule from `lr` to 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,9 @@ class Recipe(NamedTuple):
 
     Attributes:
         optimizer: the optimiser's class.
-        options: its settings by the names of the flags, the base learning rate `lr` among them.
+        options: its arguments, named like the flags; `lr` is the base learning rate.
         schedule: cosine, constant, plateau or attention.
-        plateau: factor, patience (epochs) and floor of a plateau schedule, else None.
+        plateau: factor, patience (epochs) and lowest learning rate of a plateau schedule, else None.
     """
 
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
 
 
 def published_recipe(model: str, original_training: bool) -> Recipe:
-    """The recipe of an architecture in ResNeTS, or of its own paper where `original_training` asks for that."""
+    """The recipe of an architecture in the ResNeTS paper, or in its own paper if `original_training` is set."""
     adam, adamw, sgd = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 
     def options(lr: float, eps: float, weight_decay: float = 0.0) -> dict[str, float]:
@@ -53,20 +53,20 @@ def published_recipe(model: str, original_training: bool) -> Recipe:
 
 
 def recipe_for(model: str, flags: Mapping[str, Any]) -> Recipe:
-    """The recipe of an architecture: as published, with the flags that are not None in place of its own settings."""
+    """The published recipe of an architecture, its options overridden by the flags that are not None."""
     recipe = published_recipe(model, flags["original_training"])
     given = {name: flags[name] for name in OPTIMIZER_FLAGS if name in recipe.options and flags[name] is not None}
     return recipe._replace(options=recipe.options | given)
 
 
 def flags_in_use(model: str, flags: Mapping[str, Any]) -> set[str]:
-    """The flags that act on the recipe of a network."""
-    settings = published_recipe(model, flags["original_training"]).options.keys() & set(OPTIMIZER_FLAGS)
-    return settings | ({"original_training"} if model in ("ResNet18T", "InceptionTime") else set())
+    """The flags that the recipe of a network reads."""
+    options = published_recipe(model, flags["original_training"]).options.keys() & set(OPTIMIZER_FLAGS)
+    return options | ({"original_training"} if model in ("ResNet18T", "InceptionTime") else set())
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the parameters, one fused kernel a tensor."""
+    """The recipe's optimiser for the parameters, in PyTorch's fused implementation."""
     options: dict[str, Any] = dict(recipe.options)
     if "beta1" in options:
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
@@ -74,16 +74,16 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[Tensor]) -> torch.optim.
 
 
 def warm_up(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int, epochs: int) -> None:
-    """Set the rate of warm-up epoch `epoch` of `epochs`, counted from 0: linear from 0."""
+    """Set the learning rate of warm-up epoch `epoch` (from 0) of `epochs`: `epoch / epochs` of the base rate."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.options["lr"] * epoch / epochs
 
 
 def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler | ReduceLROnPlateau:
-    """The schedule after warm-up, from the base rate, stepped after every epoch.
+    """The schedule after warm-up; it starts at the base learning rate and is stepped after every epoch.
 
     Raises:
-        ValueError: the recipe names no known schedule.
+        ValueError: the recipe names an unknown schedule.
     """
     for group in optimizer.param_groups:
         group["lr"] = recipe.options["lr"]

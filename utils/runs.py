@@ -1,4 +1,4 @@
-"""The folder of a run: files that appear whole or not at all, checkpoints, and how to take a run up again."""
+"""The folder of a run: files that appear whole or not at all, checkpoints, and how to resume a run."""
 
 import contextlib
 import ctypes
@@ -32,7 +32,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory") 
 
 
 def project_folder() -> Path:
-    """Where the project lies; a Guild run executes a copy of the scripts elsewhere and is told."""
+    """The project's folder, which Guild passes to a run, for it executes a copy of the scripts elsewhere."""
     return Path(os.environ.get("PROJECT_DIR") or Path(__file__).resolve().parent.parent)
 
 
@@ -42,26 +42,28 @@ def called_from() -> Path:
 
 
 def how_to_resume() -> str:
-    """The command that takes an interrupted run up again."""
+    """The command that resumes an interrupted run."""
     run = os.environ.get("RUN_ID")
     return f"guild run --restart {run[:8]}" if run else "the same command in the same folder"
 
 
-def say_where_results_are(pictures: Sequence[str]) -> None:
-    """Name the run's folder and what to do next."""
+def say_where_results_are(files: Sequence[str]) -> None:
+    """Name the run's folder, the files in it, and what to do next."""
     run = os.environ.get("RUN_ID")
-    say(f"Results: {Path.cwd()} (metrics.json, models/, {', '.join(pictures)})")
+    say(f"Results: {Path.cwd()} (metrics.json, models/, {', '.join(files)})")
     if run:
-        say(f"Next: `guild compare` for a table of runs, `guild open {run[:8]}` for its pictures")
+        say(f"Next: `guild compare` for a table of runs, `guild open {run[:8]}` for its files")
 
 
 def add_to_label(start: str, end: str, differences: Sequence[str]) -> None:
-    """Add to the label of a run of Guild, whose templates know no defaults; a label that the user chose stays.
+    """Append flags to the label of a Guild run if they are not at their defaults, which Guild's own templates cannot do.
+
+    A label that the user chose is left as it is.
 
     Args:
         start: how the label of guild.yml begins.
         end: how it ends.
-        differences: flags that are not at their defaults, as they are to be added.
+        differences: `name value` of the flags that are not at their defaults.
     """
     path = Path(os.environ.get("RUN_DIR", "")) / ".guild" / "attrs" / "label"
     if "RUN_ID" not in os.environ or not path.is_file() or not differences:
@@ -73,23 +75,23 @@ def add_to_label(start: str, end: str, differences: Sequence[str]) -> None:
 
 def say(line: str) -> None:
     """Print a line of a run without breaking a progress bar."""
-    # The end of the line with the line: Guild reads what comes in pieces in pieces.
+    # Line and newline in one write, because Guild would read two writes as two lines.
     tqdm.write(f"[*] {line}\n", file=sys.stdout, end="")
     sys.stdout.flush()
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed the results."""
+    """Versions of Python and of the packages that computed the results."""
     packages = ("torch", "numpy", "pandas", "scikit-learn", "sktime", "rasterio", "lightning-fabric", "torchmetrics")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, put in its place when the block succeeds and removed when it fails.
+    """A temporary path beside `path`, renamed to it when the block succeeds and removed when it fails.
 
     Raises:
-        InputError: the file cannot be written, for a full disk say.
+        InputError: the file cannot be written, for example because the disk is full.
     """
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -110,7 +112,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document whole as JSON, which has no nan: figures that there are none of become null."""
+    """Write a document whole as JSON; nan and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(_without_nan(document), indent=2, allow_nan=False) + "\n")
 
 
@@ -146,8 +148,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_checkpoint(path: Path, document: Mapping[str, Any]) -> None:
-    """Write numbers, text, lists and tensors whole, for the run itself to go on from."""
-    buffer = io.BytesIO()  # in memory first: PyTorch's own writer calls a full disk no OSError
+    """Write numbers, text, lists and tensors whole, as a checkpoint from which the run itself resumes."""
+    buffer = io.BytesIO()  # in memory first: PyTorch's own writer does not raise an OSError when the disk is full
     torch.save(dict(document), buffer)
     with whole_file(path) as beside:
         beside.write_bytes(buffer.getbuffer())
@@ -164,12 +166,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return {name: document[name] for name in ("identity", *document)}
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path.absolute()} is damaged or of an earlier version of this project; without it the run starts anew"
+            f"{path.absolute()} is damaged or of an earlier version of this project; delete it to start over"
         ) from error
 
 
 def a_new_run() -> str:
-    """What a user starts instead of a run that is complete; Guild gives each a folder of its own."""
+    """What a user can start instead of a complete run; Guild gives every run its own folder."""
     return "a new run" if "RUN_ID" in os.environ else "a new run in another folder"
 
 
@@ -182,43 +184,43 @@ def refuse_other_flags(path: Path, before: Mapping[str, Any], now: Mapping[str, 
     for name, value in json.loads(json.dumps(now)).items():
         if before.get(name) != value:
             former = assignment(name, before.get(name))
-            # Guild keeps a flag that was refused; the run goes on only if it is given the former value again.
+            # Guild keeps a refused flag, so the run resumes only if it is given the former value again.
             is_flag_of_guild = "RUN_ID" in os.environ and not name.endswith("sha256")
-            resume = f"`{how_to_resume()} {former}`" if is_flag_of_guild else "the former"
+            resume = f"`{how_to_resume()} {former}`" if is_flag_of_guild else "the former value"
             raise InputError(
-                f"{path} is of a run with {former}, but {assignment(name, value)} was given; go on with {resume}, "
+                f"{path} is of a run with {former}, but {assignment(name, value)} was given; resume with {resume}, "
                 f"or start {a_new_run()}"
             )
 
 
 def finished_before(flags: Mapping[str, Any]) -> bool:
-    """Whether the run of this folder has its figures already; says so.
+    """Whether the run in this folder is already complete, which is then reported.
 
     Raises:
-        InputError: it has those of other flags.
+        InputError: it is complete, but with other flags.
     """
     path = Path("metrics.json")
     if not path.exists() or Path(CHECKPOINT).exists():
         return False
     refuse_other_flags(path.absolute(), json.loads(path.read_text(encoding="utf-8"))["flags"], flags)
-    say(f"This run is complete and its figures stay as they are; {a_new_run()} trains again")
+    say(f"This run is complete and its results are kept; start {a_new_run()} to train again")
     return True
 
 
 def run_or_explain(main: Callable[[], None]) -> None:
-    """Run a script's main function; a user's mistake ends in one sentence and exit code 2."""
+    """Run a script's main function; invalid input ends in one sentence and exit code 2."""
     threading.excepthook = _silent_about_files
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except InputError as error:
-        # A reading process hands on its mistake with where it happened.
+        # A data-loading process passes its error on with a traceback, of which the user sees the last line.
         sentence = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         _leave(sentence.removeprefix("utils.errors.InputError: "))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _leave(f"the disk is full; with more space, go on by {how_to_resume()}")
+            _leave(f"the disk is full; free some space, then resume with: {how_to_resume()}")
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         _leave(f"{error.filename or Path.cwd()} cannot be used: {error.strerror}")
@@ -227,16 +229,16 @@ def run_or_explain(main: Callable[[], None]) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    # What is raised here is lost where Python is just in a callback of its garbage collector; then the alarm ends the run.
+    # An exception raised during a callback of the garbage collector is lost; then the alarm ends the run.
     signal.signal(signal.SIGALRM, _leave_at_once)
     signal.alarm(1)
     raise KeyboardInterrupt
 
 
 def _leave_at_once(*_: object) -> NoReturn:
-    print(f"\n[*] Interrupted; to go on from the last saved epoch: {how_to_resume()}", file=sys.stderr)
+    print(f"\n[*] Interrupted; to resume from the last checkpoint: {how_to_resume()}", file=sys.stderr)
     sys.stderr.flush()
-    # No clean-up may hold the user up: worker threads and event files are of no more use.
+    # Exit without clean-up, for which the user would have to wait: nothing of this process is needed any more.
     os._exit(130)
 
 
@@ -246,17 +248,17 @@ def _leave(sentence: str) -> NoReturn:
 
 
 def _silent_about_files(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread; what fails there is raised again where the run next writes to it."""
+    """TensorBoard writes in a thread; an error there is raised again at the run's next write."""
     if not isinstance(failed.exc_value, OSError):
         threading.__excepthook__(failed)
 
 
 @contextlib.contextmanager
 def explaining_out_of_memory(advice: str) -> Iterator[None]:
-    """A block whose want of memory ends in one sentence: out of memory, and the advice.
+    """A block in which running out of memory ends in one sentence with the given advice.
 
     Raises:
-        InputError: the memory did not suffice.
+        InputError: the block ran out of memory.
     """
     try:
         yield
@@ -269,14 +271,14 @@ def explaining_out_of_memory(advice: str) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks instead of returning them to the system.
 
-    A training step frees and takes the same few megabytes again and again; each
-    return costs page faults that take longer than the arithmetic on the block.
+    A training step frees and allocates the same few megabytes again and again; each return to the system costs page faults
+    that take longer than the arithmetic on the block.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the most that mmap_threshold accepts
+        mallopt(mmap_threshold, 2**25)  # the largest value that mmap_threshold accepts
 
 
 def choose_device(name: str) -> torch.device:
@@ -297,12 +299,12 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"device={name} is not one of auto, cpu, cuda or cuda:N")
     present = torch.cuda.device_count()
     raise InputError(
-        f"device={name} was asked for, but {present} CUDA devices are present; DEVICE=cpu or --device cpu runs without"
+        f"device={name} was asked for, but {present} CUDA devices are present; DEVICE=cpu or --device cpu runs on the CPU"
     )
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively."""
+    """Whether the device has native bfloat16 arithmetic."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()

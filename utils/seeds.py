@@ -1,18 +1,18 @@
-"""Random streams: every draw of a run comes from its seed, through a generator of its own."""
+"""Random numbers: every draw of a run comes from its seed, through a separate generator for each purpose."""
 
 import numpy as np
 import torch
 
-# What a generator is for; part of its seed.
+# The purposes of generators, which are part of their seeds.
 INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS, WINDOWS, STATISTICS = range(7)
 
 
 def seed_for(seed: int, purpose: int, *key: int) -> int:
-    """A seed of its own for one purpose."""
+    """A seed for one purpose, independent of those of all other purposes and keys."""
     low, high = np.random.SeedSequence([seed, purpose, *key]).generate_state(2)
     return int(high) << 32 | int(low)
 
 
 def generator_for(seed: int, purpose: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose."""
+    """A generator for one purpose, independent of those of all other purposes and keys."""
     return torch.Generator(device).manual_seed(seed_for(seed, purpose, *key))
