@@ -1,12 +1,12 @@
 #!/bin/sh
 # Build the CPU image without a Docker engine and try it: a run, guild compare, the self-check, completion.
 #
-# Needs root, buildah and some 10 GB of disk. Arguments go to `buildah bud`. Where torch's index is out of reach but a
-# folder has the wheel, for one:
+# Needs root, buildah and some 10 GB of disk. Arguments are passed to `buildah bud`. For example, if torch's index
+# cannot be reached but a folder has the wheel:
 #   --build-arg TORCH_INDEX= --volume /my/wheels:/my/wheels:ro --volume /my/pip.conf:/etc/pip.conf:ro
 # Environment, all optional:
-#   STAND_IN=1   make the base image from Debian's packages with debootstrap, where Docker Hub is out of reach
-#   WORK=folder  keep images, runs and all else there (a temporary folder, removed at the end)
+#   STAND_IN=1   make the base image from Debian's packages with debootstrap, if Docker Hub cannot be reached
+#   WORK=folder  keep images, runs and everything else there (a temporary folder, removed at the end)
 set -eu
 project=$(dirname "$(dirname "$(readlink -f "$0")")")
 base=docker.io/library/python:3.13-slim-trixie
@@ -27,7 +27,7 @@ else
   trap 'rm -rf "$work"' EXIT
   trap 'exit 1' INT TERM
 fi
-# A store of its own: the stand-in must not pass for the real base image elsewhere. vfs and chroot work in a container too.
+# A separate store: the stand-in must not be taken for the real base image elsewhere. vfs and chroot work in a container.
 export STORAGE_DRIVER="${STORAGE_DRIVER:-vfs}" BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}"
 buildah() {
   command buildah --root "$work/storage" --runroot "$work/run" "$@"
@@ -48,7 +48,7 @@ fi
 buildah bud --pull-never --file "$project/dockerfiles/Dockerfile" --build-arg VARIANT=cpu --tag "$image" "$@" "$project"
 buildah images
 
-# As in launch.sh: any user, the project and Guild's home mounted; here the project may only be read.
+# As in launch.sh: any user, the project and Guild's home mounted; here the project is mounted read-only.
 mkdir -p "$work/guild"
 chown 4321:4321 "$work/guild"
 container=$(buildah from --pull-never "$image")

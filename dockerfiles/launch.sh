@@ -6,7 +6,7 @@
 #   GPUS            which GPUs, as in docker's --gpus (all)
 #   SHM_SIZE        shared memory (8g)
 #   ADDRESS, PORT   where TensorBoard's port 6006 appears on the host (127.0.0.1, 6006)
-#   CONTAINER_USER  whom the container runs as (who calls this)
+#   CONTAINER_USER  UID:GID that the container runs as (that of the caller)
 #   DEVICE          device of a run, as in main.py
 #   DATA            folder of tiles or tables outside the project; the container reads it under the same path
 #   CACHE_DIR       folder of canopy's cache (data/canopy_cache of the project)
@@ -25,7 +25,7 @@ if [ "${1:-}" = --cpu ]; then
 fi
 image=resnets:$variant
 
-# Files that the container writes belong to whom they would without it, and never to root unless asked for.
+# Files that the container writes belong to the caller, and never to root unless requested.
 user=${CONTAINER_USER:-${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}}
 if [ -z "${CONTAINER_USER:-}" ] && [ "${user%%:*}" = 0 ]; then
   die "Root would own the runs: launch as a user of the group docker, or set CONTAINER_USER=UID:GID (0:0 with rootless Docker)."
@@ -37,7 +37,7 @@ command -v docker >/dev/null || die "docker is not installed, see https://docs.d
 docker image inspect "$image" >/dev/null 2>&1 \
   || die "Docker does not answer or has no image $image: try docker info, then dockerfiles/build.sh$([ $variant = cuda ] || echo " --cpu")."
 
-# Docker would make a missing folder as root, and Guild starts only where its home is there.
+# Docker would create a missing folder as root, and Guild starts only if its home exists.
 guild_home=${GUILD_HOME:-$project/.guild}
 mkdir -p "$guild_home"
 guild_home=$(readlink -f "$guild_home")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Says what the environment offers and what it lacks: versions, GPU, threads, Guild's home, TensorBoard's port.
+"""Report what the environment has and lacks: versions, GPU, threads, Guild's home, TensorBoard's port.
 
 Inside the image: dockerfiles/launch.sh dockerfiles/self_check.py --gpu
-Ends with exit code 2 and a sentence for each thing that is missing; --gpu measures the training speed, too, if nothing is.
+Ends with exit code 2 and a sentence for each thing that is missing. If nothing is, --gpu also measures the training speed.
 """
 
 import argparse
@@ -35,18 +35,18 @@ def versions() -> str | None:
     here = {one.name: one for one in locked if one.marker is None or one.marker.evaluate()}
     other = sorted(name for name in here.keys() & installed.keys() if installed[name] not in here[name].specifier)
     if other:
-        return f"{', '.join(other)}: not the versions of requirements.lock, install (or build the image) anew."
+        return f"{', '.join(other)}: not the versions of requirements.lock, install them (or build the image) again."
     return None if shutil.which("guild") else "The command guild is not on PATH."
 
 
-def gpu(demanded: bool) -> str | None:
-    """Print the GPUs; a complaint if one computes wrongly or if none is there though demanded."""
+def gpu(required: bool) -> str | None:
+    """Print the GPUs; a complaint if one computes wrongly, or if none is visible although one is required."""
     if not torch.cuda.is_available():
         print("gpu         none")
-        if not demanded:
+        if not required:
             return None
         if torch.version.cuda is None:
-            return "This torch has no CUDA: a GPU needs the image that build.sh makes without --cpu."
+            return "This torch has no CUDA: for a GPU, build the image without --cpu."
         return "No GPU is visible: the host needs NVIDIA's driver and container toolkit, the container --gpus all."
     left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     for number in range(torch.cuda.device_count()):
@@ -83,12 +83,12 @@ def port(number: int) -> str | None:
         try:
             listener.bind(("", number))
         except OSError as error:
-            return f"Port {number} cannot be had for TensorBoard: {error.strerror}."
+            return f"Port {number} is not available for TensorBoard: {error.strerror}."
     return None
 
 
 def main() -> None:
-    """Print what is there; exit with a sentence for each thing that is missing, or with the training speed."""
+    """Print the report; exit with a sentence for each thing that is missing, or measure the training speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="demand a GPU, and measure training on it (minutes)")
     parser.add_argument("--port", type=int, default=6006, help="TensorBoard's port (6006)")

@@ -1,4 +1,4 @@
-"""The simulated grassland table: its layout, its ranges, and that diversity can be told from the season."""
+"""The simulated grassland table: its layout, its ranges, and that diversity can be predicted from the season."""
 
 import re
 
@@ -34,7 +34,7 @@ def ridge_r2(table: pd.DataFrame, target: NDArray[np.float64]) -> float:
 
 
 def test_columns_are_those_of_the_real_table(table: pd.DataFrame) -> None:
-    """Keys, study variables, then predictors with the bands running fastest."""
+    """Keys, study variables, then predictors bands fastest."""
     bands = ["blue", "green", "red", "nir", "nirb", "re1", "re2", "re3", "swir1", "swir2"]
     predictors = [f"{band}_{step}" for step in range(16) for band in bands]
     keys = ["year", "ep", "yep", "explo", "SpecRichness", "Shannon", "Simpson"]
@@ -72,7 +72,7 @@ def test_one_row_lacks_its_study_variables(table: pd.DataFrame) -> None:
 
 
 def test_same_seed_same_table(table: pd.DataFrame) -> None:
-    """The seed decides every number and the plots that are missing."""
+    """The seed determines every number and which plots are missing."""
     pd.testing.assert_frame_equal(table, simulate_table(2024), check_exact=True)
     other = simulate_table(2025)
     assert not table["yep"].equals(other["yep"])
@@ -114,7 +114,7 @@ def test_reflectances_are_whole_and_plausible(table: pd.DataFrame) -> None:
 
 
 def test_series_are_smooth_and_seasonal(table: pd.DataFrame) -> None:
-    """Greenness peaks in spring, hangs together from step to step and suffers in the summer drought of 2018."""
+    """Greenness peaks in spring, is correlated from step to step and suffers in the summer drought of 2018."""
     steps = range(16)
     red = table[[f"red_{step}" for step in steps]].to_numpy()
     nir = table[[f"nir_{step}" for step in steps]].to_numpy()
@@ -127,15 +127,15 @@ def test_series_are_smooth_and_seasonal(table: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("name", STUDY_VARIABLES)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_ridge_by_plot_finds_diversity_and_leaves_room(seed: int, name: str) -> None:
-    """A linear model explains a good part of every study variable on plots it never saw, not all of it."""
+def test_ridge_by_plot_explains_part_of_diversity(seed: int, name: str) -> None:
+    """A linear model explains much of every study variable on unseen plots, but not all of it."""
     complete = simulate_table(seed).dropna()
     assert 0.4 < ridge_r2(complete, complete[name].to_numpy()) < 0.75
 
 
 @pytest.mark.parametrize("name", STUDY_VARIABLES)
 def test_permuted_target_is_not_predictable(table: pd.DataFrame, name: str) -> None:
-    """The score comes from the season's shape: without it there is none."""
+    """The score comes from the shape of the season: without it there is none."""
     complete = table.dropna()
     shuffled = np.random.default_rng(0).permutation(complete[name].to_numpy())
     assert ridge_r2(complete, shuffled) < 0.05

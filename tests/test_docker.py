@@ -1,4 +1,4 @@
-"""The image's recipe and scripts, without Docker: `dockerfiles/check_with_buildah.sh` builds the image and runs in it."""
+"""The Dockerfile and its scripts, without Docker: `dockerfiles/check_with_buildah.sh` builds the image and runs in it."""
 
 import importlib.util
 import os

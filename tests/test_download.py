@@ -1,4 +1,4 @@
-"""The download of the table: checked, whole or not at all, explained when it fails."""
+"""The download of the table: checked, complete or absent, and explained when it fails."""
 
 import hashlib
 import http.server
@@ -16,7 +16,7 @@ CONTENT = b"a table"
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server on this machine in place of the table's."""
+    """A local server in place of the table's."""
     served = tmp_path / "served"
     served.mkdir()
     (served / "dataset.xlsx").write_bytes(CONTENT)
@@ -35,7 +35,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_the_table_is_fetched_once(
+def test_the_table_is_downloaded_once(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(download, "URL", f"{address}/dataset.xlsx")

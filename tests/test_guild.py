@@ -1,4 +1,4 @@
-"""The project under Guild: flags, compare, batch files, restart."""
+"""The project under Guild: flags, compare, batch files, resuming."""
 
 import csv
 import io
@@ -108,7 +108,7 @@ BATCHES = {
 }
 
 
-def test_the_batch_files_say_what_they_should() -> None:
+def test_the_batch_files_hold_the_expected_rows() -> None:
     ours = {"depth_and_width.csv", "published_table.csv", "ten_seeds.csv", "canopy_resolutions.csv", "canopy_ablations.csv"}
     assert set(BATCHES) == ours
     assert [row["resolution"] for row in BATCHES["canopy_resolutions.csv"]] == ["10", "5", "2.5"]
@@ -162,7 +162,7 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
         return done.stdout
 
     flags = [f"{name}={value}" for name, value in (SHORT_CANOPY | {"data": str(small_tiles), "devices": "2"}).items()]
-    # Guild hands on a plain `no` of a batch file otherwise than one of the command line.
+    # Guild passes a plain `no` on differently from a batch file than from the command line.
     (tmp_path / "rows.csv").write_text("resolution,angles\n10,no\n")
     call("run", "--yes", "canopy", f"@{tmp_path / 'rows.csv'}", *flags)
     row, *_ = csv.DictReader(io.StringIO(call("compare", "--csv", "-")))
@@ -174,9 +174,7 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
     assert json.loads(metrics.read_text())["flags"]["angles"] == "no"
 
 
-def test_restart_goes_on_where_a_killed_run_stopped(
-    guild: Callable[..., subprocess.CompletedProcess[str]], home: Path
-) -> None:
+def test_restart_resumes_a_killed_run(guild: Callable[..., subprocess.CompletedProcess[str]], home: Path) -> None:
     before = set(home.glob("runs/*"))
     command = [str(GUILD), "run", "--yes", "main", *SHORT, "epochs=60", "warmup_epochs=5"]
     environ = environment() | {"GUILD_HOME": str(home), "SECONDS_BETWEEN_CHECKPOINTS": "0"}
@@ -184,7 +182,7 @@ def test_restart_goes_on_where_a_killed_run_stopped(
     while not any((run / CHECKPOINT).exists() for run in set(home.glob("runs/*")) - before):
         assert process.poll() is None
         time.sleep(0.02)
-    # Guild runs the operation in a process of its own, which would go on alone.
+    # Guild runs the operation in another process, which would continue on its own.
     for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         each.kill()
     process.wait()
@@ -196,7 +194,7 @@ def test_restart_goes_on_where_a_killed_run_stopped(
     assert finished["status"] == "completed" and finished["r2_mean"]
 
     (folder,) = set(home.glob("runs/*")) - before
-    figures = (folder / "metrics.json").read_bytes()
+    results = (folder / "metrics.json").read_bytes()
     again = guild("run", "--yes", "--restart", cut["run"])
     assert again.returncode == 0 and "This run is complete" in again.stdout
     kept = next(row for row in compared(guild) if row["run"] == cut["run"])
@@ -206,7 +204,7 @@ def test_restart_goes_on_where_a_killed_run_stopped(
     # Guild keeps the refused flag, so the sentence names the command that undoes it.
     undoing = re.search(r"`guild (run --restart \w+ epochs=60)`", other.stderr)
     assert undoing is not None and guild(*undoing[1].split(), "--yes").returncode == 0
-    assert (folder / "metrics.json").read_bytes() == figures
+    assert (folder / "metrics.json").read_bytes() == results
 
 
 def test_the_operation_declares_what_it_prints() -> None:

@@ -1,4 +1,4 @@
-"""Guild as a person sees it: its commands in a terminal, its pages in a browser."""
+"""Guild as a user sees it: its commands in a terminal, its pages in a browser."""
 
 import json
 import os
@@ -36,9 +36,9 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (40, 250))
         environ = environment() | {"GUILD_HOME": str(home), "TERM": "xterm"}
-        for name in ("LINES", "COLUMNS"):  # they would be believed before the terminal
+        for name in ("LINES", "COLUMNS"):  # they would override the size of the terminal
             environ.pop(name, None)
-        # Not pty.fork, which Python 3.12 and later warn of in a process with threads.
+        # Not pty.fork: Python 3.12 and later warn about it in a process with threads.
         self.process = subprocess.Popen(
             command, cwd=PROJECT, env=environ, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
         )
@@ -74,7 +74,7 @@ class Terminal:
             return False
         try:
             data = os.read(self._ours, 65536)
-        except OSError:  # Linux's word for a terminal that no process has open any more
+        except OSError:  # how Linux reports a terminal that no process has open any more
             return False
         self.shown += data.decode(errors="replace")
         return bool(data)
@@ -97,7 +97,7 @@ def served(home: Path, command: str, ready: str) -> Iterator[str]:
         port = free.getsockname()[1]
     with terminal(home, GUILD, command, "--no-open", "--host", "127.0.0.1", "--port", str(port)) as opened:
         opened.wait_for(rf"{ready} \S*http://127.0.0.1:{port}")
-        assert eventually(lambda: answers(port))  # the words come before the server
+        assert eventually(lambda: answers(port))  # the address is printed before the server listens
         yield f"http://127.0.0.1:{port}"
         os.kill(opened.process.pid, signal.SIGINT)
         assert opened.ended() == 0, opened.shown
@@ -116,7 +116,7 @@ def answer(url: str, data: dict[str, Any] | None = None) -> Any:
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
-    """Ask until it holds: a server may still be starting, and one that serves still be reading the runs."""
+    """Repeat until it holds: a server may still be starting, or still be reading the runs."""
     deadline = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -124,7 +124,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
 
 
 def drawn(url: str, folder: Path) -> str:
-    """The page's text as Chromium has it once its scripts have run."""
+    """The text of a page in Chromium once its scripts have run."""
     assert CHROMIUM is not None
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet]
@@ -184,7 +184,7 @@ def test_view_serves_the_run(view: str, run: str) -> None:
 
 
 def test_tensorboard_has_r2_beside_the_flags(tensorboard: str, run: str) -> None:
-    """What the page HParams asks for."""
+    """What the page HParams requests."""
     query = {"allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
     groups: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""Which Python `make` takes for its environment, among stand-ins that answer as Pythons do."""
+"""Which Python `make` selects for its environment, among stand-ins that answer like Python."""
 
 import re
 import shutil
@@ -60,7 +60,7 @@ def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     ],
     ids=["newest", "broken names", "without venv", "python3 alone"],
 )
-def test_make_takes_the_newest_python_that_works(
+def test_make_selects_the_newest_python_that_works(
     make: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, pythons: dict[str, str], taken: str
 ) -> None:
     done = make(**pythons)

@@ -1,4 +1,4 @@
-"""Scores against the golden numbers and at the edges."""
+"""Scores against the golden numbers and in edge cases."""
 
 import numpy as np
 import pytest

@@ -107,7 +107,7 @@ def test_initial_spread_of_weights() -> None:
         ("InceptionTime", {"bottleneck_factor": 257}, "bottleneck_factor=257 leaves no channel"),
     ],
 )
-def test_flags_that_make_no_network_are_refused(model: str, flags: dict[str, Any], said: str) -> None:
+def test_flags_that_do_not_make_a_network_are_refused(model: str, flags: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         make_network(model, 10, 16, flags)
 
@@ -121,7 +121,7 @@ def test_resnet18t_runs_where_strides_do_not_divide_the_steps(flags: dict[str, A
     assert network(torch.randn(3, 10, 16)).shape == (3,)
 
 
-def test_pooled_shortcuts_average_the_steps_that_are_there() -> None:
+def test_pooled_shortcuts_average_the_remaining_steps() -> None:
     network = make_network("ResNet18T", 10, 16, {"strides": (3, 1, 1, 1)})
     pooled = network.get_submodule("blocks.0.shortcut.0")(torch.arange(16.0).view(1, 1, 1, 16))
     assert pooled.flatten().tolist() == [1, 4, 7, 10, 13, 15]
@@ -144,7 +144,7 @@ def test_keyword_arguments_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = model_flags()
     assert (flags["dropout"].default, flags["dropout"].help) == ("0.5", "WithSettings: share of features dropped.")
     assert flags["norm"].default == "yes" and flags["norm"].type("no") is False
-    # Architectures that differ in a default share the flag.
+    # Architectures with different defaults share the flag.
     assert flags["kernel_size"].default == "auto" and flags["kernel_size"].help.startswith("ResNet18T, WithSettings: ")
     assert own_flags(WithSettings, {"kernel_size": None, "dropout": 0.1})["kernel_size"] == 7
     assert own_flags(WithSettings, {"kernel_size": "9"}) == {"dropout": 0.5, "kernel_size": 9, "norm": True}
@@ -153,7 +153,7 @@ def test_keyword_arguments_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Lazy(nn.Module):
-    """A network whose sizes come with its first input."""
+    """A network that gets its sizes from its first input."""
 
     def __init__(self, bands: int, steps: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Lazy(nn.Module):
         return self.layers(x)
 
 
-def test_lazy_layers_have_their_sizes_and_weights_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lazy_layers_are_initialised_with_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "Lazy", Lazy)
     first, again = (make_network("Lazy", 3, 4, {}, seed=5).state_dict() for _ in range(2))
     assert first["layers.1.weight"].shape == (8, 12)

@@ -1,4 +1,4 @@
-"""Every architecture on tables of other shapes than the published one: training, restart, the files of a run."""
+"""Every architecture on tables of other shapes than the published one: training, resuming, the files of a run."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def write_table(path: Path, bands: list[str], steps: list[int]) -> None:
-    """48 plots of two rows each, with a target that the first band tells."""
+    """48 plots of two rows each, with a target that depends on the first band."""
     rng = np.random.default_rng(len(bands))
     rows = pd.DataFrame({f"{band}_{step}": rng.uniform(0, 1, 96) for band in bands for step in steps})
     rows["site"] = [f"site {number // 2}" for number in range(96)]
@@ -104,7 +104,7 @@ def test_the_targets_unit_changes_nothing_but_the_unit(run_main: Callable[..., E
     write_table(tmp_path / "own.csv", ["ndvi"], [1, 2, 3])
     rows = pd.read_csv(tmp_path / "own.csv")
     predicted, losses = [], []
-    for factor in (1, 1024):  # a power of two, which rounds nothing
+    for factor in (1, 1024):  # a power of two, so that nothing is rounded
         (rows.assign(biomass_g_m2=rows["biomass_g_m2"] * factor)).to_csv(tmp_path / "own.csv", index=False)
         done = run_main(f"dataset={tmp_path / 'own.csv'}", *OWN, *SHORT, "model=MLP", "ensemble_count=2")
         assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ def test_golden_rates(case: dict[str, Any]) -> None:
         scheduler.step(5.0) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
     expected = list(case["learning_rate_per_epoch"])
     if case["model"] == "Transformer":
-        # The golden row's first epoch after warm-up is stray, at the full rate; the schedule proper starts at 1/1000.
+        # The golden row has a stray first epoch after warm-up, at the full rate; the schedule itself starts at 1/1000.
         expected[flags["warmup_epochs"]] = 2e-6
     assert rates == pytest.approx(expected, rel=1e-6, abs=1e-10)
     assert type(optimizer).__name__ == case["optimizer"]
@@ -40,7 +40,7 @@ def test_golden_rates(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model", ["MLP", "BiLSTM", "Transformer", "FCN", "ResidualNet", "InceptionTime", "ResNet18T"])
-def test_a_setting_that_is_given_acts_on_every_network(model: str) -> None:
+def test_a_given_flag_acts_on_every_network(model: str) -> None:
     given = {"lr": 0.5, "beta1": 0.8, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.3}
     published, changed = recipe_for(model, DEFAULTS), recipe_for(model, DEFAULTS | given)
     assert changed.options == given and changed.options != published.options
