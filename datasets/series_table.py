@@ -52,7 +52,7 @@ class Columns(NamedTuple):
 
     Attributes:
         target: the study variable.
-        plot, year, region, key: of each row; None where there is none.
+        plot, year, region, key: of each row; None if absent.
         bands: in order of first appearance.
         steps: in ascending order.
         predictors: (step, band), names of columns.
@@ -226,7 +226,7 @@ def prepare(
     """Find the columns of an experiment, check them, and select its rows.
 
     Rows with a missing value in any column used are dropped. So are the rows that the authors of the published table left
-    out, if the table has the columns of the published one. Rows are sorted by key where there is one.
+    out, if the table has the columns of the published one. Rows are sorted by key if there is one.
 
     Args:
         table: as read.

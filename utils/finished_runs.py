@@ -19,7 +19,7 @@ def runs_folder() -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has its figures and its weights, and nothing left to resume."""
+    """Whether a run has its metrics and its weights, and nothing left to resume."""
     return (folder / "metrics.json").is_file() and (folder / "models").is_dir() and not (folder / CHECKPOINT).exists()
 
 

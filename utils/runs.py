@@ -32,7 +32,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory") 
 
 
 def project_folder() -> Path:
-    """The project's folder, which Guild passes to a run, for it executes a copy of the scripts elsewhere."""
+    """The project's folder, which Guild passes to a run because it executes a copy of the scripts."""
     return Path(os.environ.get("PROJECT_DIR") or Path(__file__).resolve().parent.parent)
 
 
