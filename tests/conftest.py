@@ -1,5 +1,6 @@
 """What several test files share: where the real table is, golden numbers, running a script as a user does."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -153,14 +154,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "list[subprocess.Popen[bytes]]"]]:
+@contextlib.contextmanager
+def running_cluster(folder: Path, environ: dict[str, str]) -> Iterator[tuple[str, "list[subprocess.Popen[bytes]]"]]:
     """A Dask scheduler and two workers, each a process: its address and the workers."""
     from distributed import Client
 
-    folder = tmp_path_factory.mktemp("dask")
     dask = [sys.executable, "-W", "ignore", "-m", "dask"]
-    quiet: dict[str, Any] = {"env": on_path(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
+    quiet: dict[str, Any] = {"env": environ, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
     options = ["--port", "0", "--no-dashboard", "--scheduler-file", str(folder / "scheduler.json"), "--host", "127.0.0.1"]
     processes = [subprocess.Popen([*dask, "scheduler", *options], **quiet)]
     try:
@@ -175,6 +175,13 @@ def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def dask_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "list[subprocess.Popen[bytes]]"]]:
+    """A cluster that knows the project."""
+    with running_cluster(tmp_path_factory.mktemp("dask"), on_path()) as cluster:
+        yield cluster
 
 
 @pytest.fixture

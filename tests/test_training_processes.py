@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import PROJECT, environment
+from conftest import PROJECT, environment, running_cluster
 from test_training import fold_data, new_training
 
 from utils.errors import InputError
@@ -193,3 +193,12 @@ def test_on_a_gpu_networks_of_a_group_are_collected_at_once(training: Training, 
     assert list(processes.epochs_done) == [0, 1, 1]
     alone = train(training, states[3], data[2], 1)
     assert segments[3].records[0]["loss_train"] == pytest.approx(alone.records[0]["loss_train"], rel=1e-5)
+
+
+def test_a_cluster_that_does_not_know_the_project_is_told(training: Training, tmp_path: Path) -> None:
+    with (
+        running_cluster(tmp_path, environment() | {"PYTHONPATH": ""}) as (address, _),
+        pytest.raises(InputError, match="its scheduler or a worker cannot import this project"),
+        training_processes(training, {1: fold_data()}, [initial_state(training, 1, 0)], address),
+    ):
+        pytest.fail("connected")

@@ -13,7 +13,7 @@ SECONDS_TO_CONNECT = 60  # for the scheduler, and for its first worker
 
 
 def imports_this_project() -> bool:
-    """True; a worker that cannot import this module cannot unpickle the call either."""
+    """True; a process that cannot import this module cannot unpickle the call either."""
     return True
 
 
@@ -22,7 +22,7 @@ def cluster(scheduler: str) -> Iterator["Client"]:
     """A client of the Dask scheduler at an address such as tcp://host:8786.
 
     Raises:
-        InputError: nobody answers there, there is no worker, or a worker cannot import this project.
+        InputError: nobody answers there, there is no worker, or the cluster cannot import this project.
     """
     from distributed import Client  # a second of imports that other runs need not wait for
 
@@ -40,10 +40,12 @@ def cluster(scheduler: str) -> Iterator["Client"]:
                 f"scheduler={scheduler} has no worker; `dask worker {scheduler} --nthreads 1` starts one"
             ) from error
         try:
+            # The scheduler unpickles calls, too, on their way to a worker.
+            client.run_on_scheduler(imports_this_project)
             client.run(imports_this_project)
         except Exception as error:
             raise InputError(
-                f"scheduler={scheduler}: a worker cannot import this project ({error}); start `dask worker` in its folder "
-                f"with PYTHONPATH=. and the packages of requirements.lock"
+                f"scheduler={scheduler}: its scheduler or a worker cannot import this project ({error}); start both with "
+                f"this project's folder as PYTHONPATH and the packages of requirements.lock"
             ) from error
         yield client
