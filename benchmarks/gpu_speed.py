@@ -21,6 +21,7 @@ from benchmarks.rates import compare_rates, rate_of
 from benchmarks.training_speed import CPU, NETWORKS, bench
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS
 from datasets.canopy.tiles import PUBLISHED, Batch, Sample, collate
+from models.threasure_net import make_network
 from utils import processes
 from utils.runs import choose_device, explaining_out_of_memory, fast_bf16, keep_freed_memory, run_or_explain
 from utils.seeds import INITIAL_WEIGHTS, generator_for
@@ -53,7 +54,7 @@ def canopy_steps(device: torch.device, precision: str, windows: int, **changed: 
     flags: dict[str, Any] = {**canopy.parser.parse_flags([]), "preset": "published", "precision": precision}
     canopy.resolve_auto_flags(flags, device)
     flags |= {"batch_size": windows, "accumulate": 1, **changed}
-    network = canopy.make_network(flags, len(BANDS) + ANGLE_CHANNELS)
+    network = make_network(flags, len(BANDS) + ANGLE_CHANNELS)
     network.initialise(generator_for(1, INITIAL_WEIGHTS))
     fabric = processes.start(device, 1, 1, precision, windows)
     net, optimizer = fabric.setup(network, torch.optim.Adam(network.parameters(), lr=1e-3))
