@@ -402,7 +402,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(run_sc
         (["model=VGG"], "model: 'VGG' is not one of MLP, BiLSTM"),
         (
             ["dataset=demo", "study_var=Evenness"],
-            "no column 'Evenness', the study variable asked for; numbers",
+            "no column 'Evenness', the requested study variable; columns with numbers",
         ),
         (["dataset=demo", "study_var=red_3"], "study_var=red_3: it is one of the predictors, of the band 'red'"),
         (["steps=3-x"], "steps: '3-x' is neither a whole number nor a range such as 3-20"),
