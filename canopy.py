@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, CONTEXTS, NODATA, RESOLUTIONS
+from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, CONTEXTS, NODATA
 from datasets.canopy.demo import demo_root
 from datasets.canopy.splits import Splits, load_splits
 from datasets.canopy.tiles import Batch, CanopyPatches, collate, in_metres, standardise, tile_of
 from models.pixel_baselines import PixelWindow, pixel_features, score_baselines
 from models.threasure_net import ENCODERS, UPSAMPLINGS, Prediction, make_network
 from utils import processes
-from utils.canopy import plots, training
+from utils.canopy import FACTORS, plots, training
 from utils.canopy.evaluation import Evaluation, EvaluationCollector
 from utils.canopy.losses import ALONE, LOSSES, Pool, canopy_loss
 from utils.canopy.metrics import REPORTED
@@ -62,7 +62,7 @@ SHOWN_METRICS = ("mae", "rmse", "bias", "r2", "iou")  # in TensorBoard and the r
 PROJECT = "vegetation from Sentinel-2 time series, operation canopy"
 RUNTIME_FLAGS = ("workers", "devices", "num_nodes")  # change where a run computes, not its results
 
-# Values of the flags left at auto, by preset. The published ones are the paper's.
+# Values of the flags at auto, by preset. The published ones are those of the paper.
 PRESETS = ("published", "demo")
 AUTO: dict[str, tuple[float, float]] = {
     "batch_size": (32, 1),
@@ -86,15 +86,17 @@ PUBLISHED_AT_10_M = {"num_rdb": 4, "num_dense_layers": 4}
 
 parser = FlagParser(prog="canopy.py", description=__doc__)
 parser.flag("accumulate", auto_or(whole(1)), "auto", "batches whose gradients are accumulated for one optimiser step")
-parser.flag("angles", auto_yes_no, "auto", "auto/yes/no, sun and view angles as six more channels; auto: if present")
+parser.flag("angles", auto_yes_no, "auto", "auto/yes/no, sun and view angles as six additional channels; auto: if present")
 parser.flag("batch_size", auto_or(whole(1)), "auto", "windows in a batch, over all devices")
 parser.flag("channels", auto_or(whole(1)), "auto", "feature channels of the network")
 parser.flag("clip_norm", auto_or(real(0)), "auto", "gradient clipping: largest norm of a step's gradient; 0: none")
 parser.flag("data", str, "demo", "folder of tiles, or demo (simulated)")
 parser.flag("decay_factor", auto_or(real(0, above=True)), "auto", "peak learning rate of a cycle relative to the one before")
-parser.flag("devices", whole(1), 1, "processes of a node, each on a device of its own")
+parser.flag("devices", whole(1), 1, "processes per node, each on its own device")
 parser.flag("encoder", one_of(*ENCODERS), ENCODERS[0], f"network applied to each image: {', '.join(ENCODERS)}")
-parser.flag("epochs", auto_or(whole(1)), "auto", "maximum number of epochs, each a random window of every training square")
+parser.flag(
+    "epochs", auto_or(whole(1)), "auto", "maximum number of epochs; an epoch is a random window of every training square"
+)
 parser.flag("growth_channels", auto_or(whole(1)), "auto", "channels added by each dense layer")
 parser.flag("lidar_resolution", real(0, above=True), 1, "m, pixel size of the LiDAR files")
 parser.flag("loss", one_of(*LOSSES), LOSSES[0], f"sum of terms: {', '.join(LOSSES)}")
@@ -109,11 +111,18 @@ parser.flag("num_dense_layers", auto_or(whole(1)), "auto", "rdn: convolutions in
 parser.flag("num_nodes", whole(1), 1, "machines, under torchrun or Slurm")
 parser.flag("num_rdb", auto_or(whole(1)), "auto", "rdn: residual dense blocks")
 parser.flag("patience", auto_or(whole(1)), "auto", "early stopping: validations without a lower loss")
-parser.flag("precision", one_of("auto", "32", "bf16"), "auto", "32, bf16, or auto: bf16 if the hardware multiplies it")
+parser.flag(
+    "precision", one_of("auto", "32", "bf16"), "auto", "32, bf16, or auto: bf16 if the hardware supports it natively"
+)
 parser.flag("preset", one_of("auto", *PRESETS), "auto", "values of the flags at auto: published, or demo (smaller, shorter)")
-parser.flag("resolution", number_of(*RESOLUTIONS), 5, "m, pixel size of the height map: 10, 5 or 2.5")
+parser.flag("resolution", number_of(*FACTORS), 5, "m, pixel size of the height map: 10, 5 or 2.5")
 parser.flag("seed", whole(0, 2**32 - 1), 42, "seed of every random draw")
-parser.flag("statistics", one_of("auto", "published", "data"), "auto", "to standardise with; auto: data if they differ")
+parser.flag(
+    "statistics",
+    one_of("auto", "published", "data"),
+    "auto",
+    "for standardising: published, of the data, or auto: data if they differ",
+)
 parser.flag("t_0", auto_or(whole(1)), "auto", "epochs of the first learning-rate cycle")
 parser.flag("t_mult", auto_or(whole(1)), "auto", "length of a cycle relative to the one before")
 parser.flag("tiles", str, "all", "names of tiles, separated by spaces or commas, or all")
@@ -121,13 +130,13 @@ parser.flag("upsampling", one_of(*UPSAMPLINGS), UPSAMPLINGS[0], f"to the finer g
 parser.flag("validations_per_epoch", auto_or(real(0, above=True)), "auto", "validations an epoch; 0.05: one every 20 epochs")
 parser.flag("weight_no_vegetation", real(0), 0.1, "weight of pixels without tall vegetation in the loss of heights")
 parser.flag("window", auto_or(whole(8)), "auto", "side of a sample in image pixels of 10 m")
-parser.flag("workers", auto_or(whole(0)), "auto", "data-loading processes of each device; auto: 0 on a CPU, 4 on a GPU")
+parser.flag("workers", auto_or(whole(0)), "auto", "data-loading processes per device; auto: 0 on a CPU, 4 on a GPU")
 parser.flag("device", str, os.environ.get("DEVICE", "auto"), "auto, cpu, cuda or cuda:N; also from the environment (DEVICE)")
 parser.flag(
     "cache",
     str,
     os.environ.get("CACHE_DIR", ""),
-    "folder of the images as arrays; also CACHE_DIR; default data/canopy_cache",
+    "folder to cache images in as arrays; also from the environment (CACHE_DIR); default data/canopy_cache",
 )
 
 
@@ -138,7 +147,7 @@ def main() -> None:
     keep_freed_memory()
     changed = parser.changed(flags, ("loss", "encoder", "upsampling", "angles", "preset", "precision", "lr", "epochs"))
     lines = resolve_auto_flags(flags, device)
-    margin = make_network(flags, len(BANDS)).margin  # refuses flags that do not fit before anything is loaded
+    margin = make_network(flags, len(BANDS)).margin  # raises an error before anything is loaded if flags do not fit
     if finished_before(without_runtime_flags(flags)):
         return
     if flags["devices"] * flags["num_nodes"] > 1 and flags["encoder"] == "unet":
@@ -164,7 +173,7 @@ def experiment(flags: dict[str, Any], fabric: "Fabric", cache: str, margin: int,
 
 
 def resolve_auto_flags(flags: dict[str, Any], device: torch.device) -> list[str]:
-    """Replace auto by the values in force, in place; returns lines that report them to the user."""
+    """Replace auto by the values to use, in place; returns lines for the user."""
     if flags["preset"] == "auto":
         flags["preset"] = "demo" if flags["data"] == "demo" else "published"
     published, demo = ({name: values[column] for name, values in AUTO.items()} for column in range(2))
@@ -174,11 +183,11 @@ def resolve_auto_flags(flags: dict[str, Any], device: torch.device) -> list[str]
     auto = [name for name in preset if flags[name] is None]
     flags |= {name: preset[name] for name in auto}
     changed = [f"{name} {flags[name]:g} ({published[name]:g})" for name in auto if flags[name] != published[name]]
-    note = f"; not as published, whose values are in brackets: {', '.join(changed)}" if changed else ""
+    note = f"; differs from the published values (in brackets): {', '.join(changed)}" if changed else ""
     if flags["workers"] is None:
         flags["workers"] = 4 if device.type == "cuda" else 0
     flags["precision"], lines = processes.resolve_precision(flags["precision"], device)
-    return [f"Preset {flags['preset']} in force{note}", *lines]
+    return [f"Preset {flags['preset']}{note}", *lines]
 
 
 def without_runtime_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Baselines of canopy height from single pixels, which the network must beat.
+"""Baselines of canopy height that see single pixels: the mean height, and gradient boosting.
 
-Gradient boosting (Ke et al. 2017, LightGBM; scikit-learn's histogram version) on the bands of a pixel over the year. The
-images of a place come at dates of their own, so the year is cut in equal parts and each part has the mean of its images;
-parts without a clear image are missing values, which the trees handle.
+Histogram gradient boosting (Ke et al. 2017, LightGBM; the implementation of scikit-learn) is fitted to the bands of a pixel
+over the year. As acquisition dates differ between places, the year is divided into equal parts and each part has the mean of
+its images; parts without an image are missing values, which the trees handle.
 """
 
 import warnings
@@ -23,18 +23,18 @@ Samples = TypeVar("Samples", bound=Sized)
 
 PARTS_OF_YEAR = 12
 BOOSTING_ROUNDS = 300
-DAYS = 366
-TRAINING_WINDOWS, TRAINING_PIXELS = 200, 100_000  # at most
-DRAWS_OF_SQUARE = 10  # windows of a square, each with dates of its own
-METRICS = ("pixels", "mae", "rmse", "bias", "mape", "r2")  # those of heights alone
+DAYS = 366  # in a year
+TRAINING_WINDOWS, TRAINING_PIXELS = 200, 100_000  # maximum
+DRAWS_OF_SQUARE = 10  # maximum number of windows of a square, each with its own dates
+METRICS = ("pixels", "mae", "rmse", "bias", "mape", "r2")  # those of heights only
 
 
 class PixelWindow(NamedTuple):
-    """A window that the baselines learn from or are tested on.
+    """A window to fit or to test the baselines on.
 
     Attributes:
-        features: (row, column, feature) at the images' resolution, of `pixel_features`.
-        height: (row, column) at the output's resolution, m.
+        features: (row, column, feature) at the resolution of the images, from `pixel_features`.
+        height: (row, column) at the resolution of the output, m.
         no_vegetation: (row, column), True where there is no tall vegetation.
         tile: name of its tile.
     """
@@ -46,7 +46,7 @@ class PixelWindow(NamedTuple):
 
 
 def pixel_features(images: NDArray[np.int16], days: NDArray[np.int64], nodata: int) -> Floats:
-    """Bands of each part of the year, of every pixel.
+    """Mean bands of every pixel in each part of the year.
 
     Args:
         images: (date, band, row, column), reflectance x 10 000, without margin.
@@ -54,25 +54,25 @@ def pixel_features(images: NDArray[np.int16], days: NDArray[np.int64], nodata: i
         nodata: value of missing pixels.
 
     Returns:
-        (row, column, part x band) float32, nan where a part has no image.
+        (row, column, part x band) float32, NaN where a part has no image.
     """
     values = np.where(images == nodata, np.nan, images).astype(np.float32)
     parts = days * PARTS_OF_YEAR // DAYS
     features = np.full((PARTS_OF_YEAR, *images.shape[1:]), np.nan, dtype=np.float32)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Mean of empty slice")  # a pixel without data in a part stays nan
+        warnings.filterwarnings("ignore", message="Mean of empty slice")  # NaN is wanted there
         for part in np.unique(parts):
             features[part] = np.nanmean(values[parts == part], axis=0)
     return np.moveaxis(features.reshape(-1, *images.shape[2:]), 0, 2)
 
 
 def fit_boosting(features: Floats, heights: Floats, seed: int) -> Callable[[Floats], Floats]:
-    """Gradient boosting of the absolute error, the main term of the network's loss.
+    """Fit gradient boosting to the absolute error, which is the main term of the network's loss.
 
     Args:
         features: (pixel, feature).
         heights: (pixel,), m.
-        seed: of the trees' draws.
+        seed: of scikit-learn's random draws.
 
     Returns:
         A function that predicts heights in metres (pixel,) from features (pixel, feature).
@@ -86,17 +86,17 @@ def fit_boosting(features: Floats, heights: Floats, seed: int) -> Callable[[Floa
 def score_baselines(
     read: Callable[[Samples, int, int], PixelWindow], training: Samples, test: Samples, tiles: Sequence[str], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Fit the mean height and gradient boosting on tall vegetation of training windows, and score them on test windows.
+    """Fit both baselines to the tall vegetation of training windows, and score them on test windows.
 
     Args:
-        read: gives a window of samples, by index and epoch.
-        training: samples to fit on, of which each epoch has other windows.
+        read: returns a window of the samples by index and epoch.
+        training: samples to fit to, with other windows in each epoch.
         test: samples to score.
         tiles: names of the tiles of `test`.
         seed: of all random draws.
 
     Returns:
-        Metrics in metres by baseline; none where the training windows have no tall vegetation.
+        Metrics by baseline, in metres; empty if the training windows have no tall vegetation.
     """
     rng = np.random.default_rng([seed, BASELINE_PIXELS])
     draws = [(index, epoch) for epoch in range(DRAWS_OF_SQUARE) for index in range(len(training))]
@@ -125,6 +125,6 @@ def score_baselines(
 
 
 def _on_output_grid(values: Floats, window: PixelWindow) -> Floats:
-    """(row, column, ...) at the images' resolution repeated on the grid of the window's heights."""
+    """Repeat (row, column, ...) at the resolution of the images on the finer grid of the window's heights."""
     factor = len(window.height) // len(values)
     return values.repeat(factor, axis=0).repeat(factor, axis=1)

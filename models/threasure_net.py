@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.canopy import FACTORS
 from utils.errors import InputError
 
-FACTORS = {10: 1, 5: 2, 2.5: 4}
-"""Output pixels along an input pixel of 10 m, by resolution in metres."""
 ENCODERS = ("rdn", "unet")
 UPSAMPLINGS = ("shuffle", "interpolation")
 HEADS = 4

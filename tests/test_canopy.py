@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(
     assert document["test"]["tile 31TDL"]["mae"] == pytest.approx(total["mae"])
     assert set(document["baselines"]) == {"mean height", "gradient boosting"}
     assert f"[*] MAE: {total['mae']:.4f} m (simulated)" in done.stdout
-    assert "[*] Sun and view angles: in use; masks of tall vegetation: in use" in done.stdout
+    assert "[*] Sun and view angles: used; masks of tall vegetation: used" in done.stdout
     assert document["data"]["angles"] and document["data"]["mask"]
     for name in ("scatter", "height_classes", "test", "pictures/validation_0002"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -362,7 +362,7 @@ def test_variants_run(run_canopy: Callable[..., Ended], tiles: list[str], flags:
         (["channels=6"], "channels"),
         (["devices=2", "encoder=unet"], "encoder=unet runs in one process"),
         (["num_nodes=2"], "num_nodes=2 needs torchrun or srun"),
-        (["lr=1e30"], "heights of 31TDL/"),
+        (["lr=1e30"], "heights predicted for 31TDL/"),
         (["lr=1e30", "epochs=4", "validations_per_epoch=0.25"], "the loss of step 2 is not finite, at 31TDL/"),
     ],
     ids=str,
@@ -429,10 +429,14 @@ def test_presets_say_what_they_change() -> None:
     rest: dict[str, Any] = {"lidar_resolution": None, "workers": None, "precision": "32", "preset": "auto"}
     demo: dict[str, Any] = {**flags, **rest, "resolution": 5.0, "data": "demo", "lr": 0.5}
     line, *_ = canopy.resolve_auto_flags(demo, cpu)
-    assert line.startswith("Preset demo in force; not as published") and "channels 32 (64)" in line and "lr" not in line
+    assert (
+        line.startswith("Preset demo; differs from the published values (in brackets)")
+        and "channels 32 (64)" in line
+        and "lr" not in line
+    )
     assert demo["lr"] == 0.5 and demo["channels"] == 32
     real: dict[str, Any] = {**flags, **rest, "resolution": 10.0, "data": "/somewhere"}
-    assert canopy.resolve_auto_flags(real, cpu)[0] == "Preset published in force"
+    assert canopy.resolve_auto_flags(real, cpu)[0] == "Preset published"
     assert (real["num_rdb"], real["num_dense_layers"], real["batch_size"], real["accumulate"]) == (4, 4, 32, 4)
     assert real["clip_norm"] == 0 and demo["clip_norm"] > 0 and demo["epochs"] == 140
 

@@ -146,7 +146,7 @@ def test_heights_not_above_zero_are_masked_and_never_negative(tmp_path: Path) ->
 def test_a_file_truncated_since_the_check_is_named(fixed: Fixed) -> None:
     path = fixed.patch.images[2]
     path.write_bytes(path.read_bytes()[:200_000])
-    with pytest.raises(InputError, match=f"{path} cannot be read as a GeoTIFF, it may be truncated"):
+    with pytest.raises(InputError, match=f"{path} cannot be read as a GeoTIFF; it may be truncated"):
         fill(fixed)
     assert not list(fixed.folder.rglob("images*"))
     path.unlink()
@@ -156,7 +156,7 @@ def test_a_file_truncated_since_the_check_is_named(fixed: Fixed) -> None:
 
 def test_a_disk_with_too_little_space_is_refused_before_the_work(fixed: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"needs 0.0 GB for the cache, but 0.0 GB are free there; give another folder"):
+    with pytest.raises(InputError, match=r"the cache needs 0.0 GB in .*, but only 0.0 GB are free there; choose another"):
         fill(fixed)
 
 

@@ -77,7 +77,7 @@ def test_a_square_without_a_mask_is_left_out_where_masks_are_in_use(root: Path) 
     edit_table(root / MASKS, lidar_id=["0440_6740", "0440_6740"])
     found = findings(read_catalogue(root, resolution=5.0, mask="no"))
     assert found == {}
-    with pytest.raises(InputError, match="none of the files that the tables name"):
+    with pytest.raises(InputError, match="none of the files that its tables name"):
         read_catalogue(root, resolution=5.0)
 
 
@@ -92,13 +92,13 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(root: Path) -> None:
     edit_table(root / TABLE, context=[*rows["context"], "training", "training"])
     found = findings(read_catalogue(root, resolution=5.0))
     assert found == {
-        "30TXT.parquet: s2_date that is no date, row left out": 1,
-        "30TXT.parquet: row that repeats an image, row left out": 2,
-        "30TXT.csv: row that repeats an image, left out": 1,
-        "30TXT.csv: angles for no image, left out": 2,
+        "30TXT.parquet: s2_date not a date, row left out": 1,
+        "30TXT.parquet: duplicate row of an image, row left out": 2,
+        "30TXT.csv: duplicate row of an image, left out": 1,
+        "30TXT.csv: angles of an unknown image, left out": 2,
     }
     edit_table(root / TABLE, context="training", lidarhd_id="corner")
-    with pytest.raises(InputError, match=r"no image that can be used:\n  14 x 30TXT.parquet: lidarhd_id not <km>_<km>"):
+    with pytest.raises(InputError, match=r"no usable image:\n  14 x 30TXT.parquet: lidarhd_id not <km>_<km>"):
         read_catalogue(root, resolution=5.0)
 
 
@@ -142,7 +142,7 @@ def bands_in_order(root: Path, order: tuple[str, ...]) -> None:
         (image(BLANK[:9]), "1 x image of 9 bands, not 10: patches/30TXT/0440_6740/SENTINEL2B_20240210"),
         (image(BLANK[:, :140]), "image of 140 x 150 pixels, not 150 x 150"),
         (image(BLANK.astype(np.float32)), "image of type float32, not int16, uint16"),
-        (image(crs="EPSG:32630"), "file of another coordinate system than"),
+        (image(crs="EPSG:32630"), "coordinate system other than that of"),
         (image(crs="EPSG:4326"), "image without a projected coordinate system in metres"),
         (image(dx=1), "image whose upper-left corner or pixel size is not that of its patch"),
         (lambda root: bands_in_order(root, BANDS[::-1]), "bands in the order B12 B11"),
@@ -189,7 +189,7 @@ def test_the_list_of_findings_is_short(root: Path) -> None:
         ({"tiles": ["31TCJ"]}, "no tile 31TCJ; present: 30TXT"),
         ({"resolution": 4.0}, "resolution 4 m is not one of 10, 5, 2.5"),
         ({"lidar_resolution": 5.0}, "no LiDAR at 5 m (res_5); resolutions present: 1"),
-        ({"lidar_resolution": 2.5}, "2.5 m is neither 1 nor that of the output, 5"),
+        ({"lidar_resolution": 2.5}, "2.5 m is neither 1 m nor that of the output, 5 m"),
         ({"angles": "always"}, "angles=always is not one of auto, yes, no"),
     ],
 )
@@ -209,9 +209,9 @@ def test_tables_that_are_absent(root: Path, tmp_path: Path) -> None:
     (root / "patches/31TCJ/30TXT.parquet").rename(root / "patches/31TCJ/31TCJ.parquet")
     shutil.copytree(root / "lidar/30TXT", root / "lidar/31TCJ")
     found = findings(read_catalogue(root, resolution=5.0))
-    assert found == {f"tile without its table, so that {flag}=auto means no": 1 for flag in ("angles", "mask")}
+    assert found == {f"table missing, so {flag}=auto is resolved to no": 1 for flag in ("angles", "mask")}
     for flag in ("angles", "mask"):
-        with pytest.raises(InputError, match=f"{flag}=yes was asked for, but .*31TCJ.* does not exist"):
+        with pytest.raises(InputError, match=f"{flag}=yes needs .*31TCJ.*, which does not exist"):
             read_catalogue(root, resolution=5.0, **{flag: "yes"})  # type: ignore[arg-type]
 
 
@@ -222,7 +222,7 @@ def test_a_table_without_a_column(root: Path, table: str, column: str) -> None:
         pd.read_csv(path).drop(columns=column).to_csv(path)
     else:
         pd.read_parquet(path).drop(columns=column).to_parquet(path)
-    with pytest.raises(InputError, match=f"{path.name} has no column {column}; expected are"):
+    with pytest.raises(InputError, match=f"{path.name} has no column {column}; expected columns"):
         read_catalogue(root, resolution=5.0)
     cut(root / TABLE, 0.5)
     with pytest.raises(InputError, match="may be truncated"):
@@ -246,7 +246,7 @@ def test_the_published_selection(root: Path) -> None:
         "images with valid_pixels below 100": 1,
         "images more than 366 days from the LiDAR": 1,
     }
-    with pytest.raises(InputError, match="no square of context 'training' left to use; left out: images with masked"):
+    with pytest.raises(InputError, match="no usable square of context 'training'; left out: images with masked"):
         select(catalogue, "training")
     assert len(select(catalogue, "training", max_masked=60, min_valid=90).patches[0].dates) == 5
     with pytest.raises(InputError, match=r"no square of context 'validation'; present: training \(1 squares\), test"):
@@ -286,7 +286,7 @@ def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(tmp_path: 
     assert names["validation"] == ["30TXT/0440_6741", "31TDM/0440_6740", "31TDM/0452_6740"]
     # The same square twice in one context hurts nobody.
     assert names["training"] == ["30TXT/0441_6740", "31TDM/0441_6740", "31TDM/0450_6740"]
-    assert str(selected["training"]) == "3; left out: squares that another tile has for test or validation (3)"
+    assert str(selected["training"]) == "3; left out: squares used for test or validation in another tile (3)"
     assert str(selected["validation"]) == "3"
 
 
@@ -300,7 +300,7 @@ def test_tiles_on_other_grids_share_no_squares(tmp_path: Path) -> None:
 def test_a_context_that_others_leave_no_square_is_refused(tmp_path: Path) -> None:
     root = write_root(tmp_path, squares={"0440_6740": "training", "0441_6740": "validation"}, images=5)
     write_root(root, tile="31TDM", squares={"0440_6740": "test"}, images=5)
-    with pytest.raises(InputError, match="every square for training is also one for test or validation in another tile"):
+    with pytest.raises(InputError, match="every training square is also a test or validation square in another tile"):
         select_disjoint(read_catalogue(root, resolution=5.0))
 
 

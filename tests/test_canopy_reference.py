@@ -63,13 +63,13 @@ def test_a_half_step_shares_the_middle_pixel() -> None:
 
 @pytest.mark.parametrize(("source", "target"), [(1, 1.5), (1, 3.3), (5, 2.5), (10, 1), (1, 0.5)])
 def test_other_ratios_are_refused(source: float, target: float) -> None:
-    with pytest.raises(InputError, match=f"heights at {source:g} m cannot be brought to {target:g} m"):
+    with pytest.raises(InputError, match=f"heights at {source:g} m cannot be resampled to {target:g} m"):
         at_resolution(*golden_window(), source, target)
 
 
 def test_blocks_that_do_not_fill_the_window_are_refused() -> None:
     height, masked = golden_window()
-    with pytest.raises(InputError, match="39 x 40 pixels do not divide into whole pixels of 10 m"):
+    with pytest.raises(InputError, match="39 x 40 pixels cannot be divided into pixels of 10 m"):
         at_resolution(height[1:], masked[1:], 1, 10)
 
 

@@ -1,14 +1,14 @@
-"""Canopy patches in memory-mapped arrays, so that a training sample is a slice of two files instead of a dozen GeoTIFFs.
+"""Canopy patches as memory-mapped arrays: a training sample is a slice of two files instead of a dozen GeoTIFFs.
 
     <folder>/<tile>/<patch>/images-<key>.npy      (date, band, row, column) int16, the selected images
     <folder>/<tile>/<patch>/reference-<key>.npy   (2, row, column) int16 at the output resolution: height in dm, and 1
                                                   where there is no tall vegetation
-    <the same>.sha256                             of the array's bytes, written last: an array without it is made anew
+    <the same>.sha256                             of the array's bytes, written last: an array without it is written again
 
-The key is drawn from name, size and time of change of every source file and from what else the content depends on. A
-file once written is thus right for ever: runs share a folder, and a changed source or another selection gives another
-file. Files of keys no longer in use are left, since another run may be reading them; the folder may be deleted between
-runs.
+The key is a hash of the name, size and modification time of every source file and of everything else that the content
+depends on. A file is therefore never outdated: runs share the folder, and a changed source or another selection gives
+another file. Files with keys that are no longer used stay, since another run may be reading them; the folder may be
+deleted between runs.
 """
 
 import contextlib
@@ -38,17 +38,18 @@ GIGABYTE = 1e9
 
 
 class CachedPatch(NamedTuple):
-    """Where a patch lies in the cache, and what a sample needs besides.
+    """The files of a patch in the cache, and what else a sample needs.
 
     Attributes:
         name: tile/patch.
-        images: file of (date, band, row, column) int16, reflectance x 10 000, `NODATA` where missing, 10 m, 1.5 km.
-        reference: file of (2, row, column) int16 over the 1 km square: height >= 0 (dm) and 0/1 no tall vegetation.
+        images: file of (date, band, row, column) int16, reflectance x 10 000, `NODATA` where missing; 1.5 km at 10 m.
+        reference: file of (2, row, column) int16 of the 1 km square: height >= 0 (dm), and 1 where there is no tall
+            vegetation.
         days: (date,) int64, day of year from 0.
         angles: (date, 6) float32, or None.
         lidar_day: day of year from 0.
         corner: easting and northing of the square's upper-left corner (m).
-        lidar: source file of the heights.
+        lidar: original file of the heights.
     """
 
     name: str
@@ -70,18 +71,18 @@ def cache_patches(
     workers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> list[CachedPatch]:
-    """Read each patch once into the cache; what is there already is not read again.
+    """Read the patches that are not yet in the cache into it.
 
     Args:
         patches: the selected patches.
-        folder: of the cache; runs may share it, and build it one at a time.
-        resolution: of the output in m.
-        lidar_resolution: of the LiDAR files in m.
-        workers: threads that read; as many as processor cores if None.
-        say: takes the line on what will be written, before it is.
+        folder: of the cache; runs may share it, and fill it one after the other.
+        resolution: pixel size of the output in m.
+        lidar_resolution: pixel size of the LiDAR files in m.
+        workers: number of threads; that of the processor cores if None.
+        say: called with messages for the user.
 
     Raises:
-        InputError: a source cannot be read, or the cache cannot be written, for a full disk say.
+        InputError: a source cannot be read, or the cache cannot be written, for example because the disk is full.
     """
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -89,14 +90,14 @@ def cache_patches(
     if not _missing(patches, cached):
         return cached
     with _alone(folder, say):
-        # Another run may have written them while this one waited.
+        # Another run may have written them while this one was waiting.
         missing = _missing(patches, cached)
         size = sum(_size(patch, resolution) for patch, _ in missing)
         free = shutil.disk_usage(folder).free
         if size > free:
             raise InputError(
-                f"{folder} needs {size / GIGABYTE:.1f} GB for the cache, but {free / GIGABYTE:.1f} GB are free there; "
-                f"give another folder"
+                f"the cache needs {size / GIGABYTE:.1f} GB in {folder}, but only {free / GIGABYTE:.1f} GB are free there; "
+                f"choose another folder with cache=..."
             )
         say(f"Reading {len(missing)} of {len(patches)} patches into {folder}, {size / GIGABYTE:.2f} GB.")
         with ThreadPoolExecutor(workers) as pool:
@@ -111,10 +112,10 @@ def cache_patches(
 
 
 def content_digest(patches: Sequence[CachedPatch]) -> str:
-    """sha256 of all that samples of these patches are made from: pixels, heights, masks, dates and angles.
+    """sha256 of everything that the samples of these patches are made of: pixels, heights, masks, dates and angles.
 
     Raises:
-        InputError: the cache has lost a patch.
+        InputError: a patch has been deleted from the cache.
     """
     digest = hashlib.sha256()
     for patch in patches:
@@ -128,7 +129,7 @@ def content_digest(patches: Sequence[CachedPatch]) -> str:
 
 
 def _place(patch: Patch, folder: Path, resolution: float, lidar_resolution: float) -> CachedPatch:
-    """Where a patch belongs in the cache, by its sources as they are now."""
+    """The files of a patch in the cache, named after the present state of its sources."""
     reference = [patch.lidar] if patch.mask is None else [patch.lidar, patch.mask]
     beside = folder / patch.tile / patch.name
     return CachedPatch(
@@ -144,10 +145,10 @@ def _place(patch: Patch, folder: Path, resolution: float, lidar_resolution: floa
 
 
 def _key(sources: Sequence[Path], *settings: float) -> str:
-    """A name for content read from these files with these settings.
+    """The key of content that is read from these files with these settings.
 
     Raises:
-        InputError: a file has gone since the root was checked.
+        InputError: a file has been deleted since it was checked.
     """
     try:
         stats = [(path.name, stat.st_size, stat.st_mtime_ns) for path in sources for stat in [path.stat()]]
@@ -157,13 +158,13 @@ def _key(sources: Sequence[Path], *settings: float) -> str:
 
 
 def _missing(patches: Sequence[Patch], cached: Sequence[CachedPatch]) -> list[tuple[Patch, CachedPatch]]:
-    """The patches that are not all in the cache."""
+    """The patches that are not completely in the cache."""
     pairs = zip(patches, cached, strict=True)
     return [(patch, to) for patch, to in pairs if not (_is_whole(to.images) and _is_whole(to.reference))]
 
 
 def _is_whole(array: str) -> bool:
-    """Whether an array and its digest are there, the array as long as its header says."""
+    """Whether an array and its digest exist, the array as long as its header says."""
     try:
         np.load(array, mmap_mode="r")
     except (OSError, ValueError):
@@ -172,14 +173,14 @@ def _is_whole(array: str) -> bool:
 
 
 def _size(patch: Patch, resolution: float) -> int:
-    """Bytes of a patch in the cache."""
+    """Bytes that a patch takes in the cache."""
     values = len(patch.images) * len(BANDS) * PATCH_SIZE**2 + 2 * round(SQUARE_SIZE * PIXEL / resolution) ** 2
     return values * np.dtype(np.int16).itemsize
 
 
 @contextlib.contextmanager
 def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Build the cache while no other process does; a process that ends, however, lets go of it.
+    """Hold the lock of the cache; the system releases it when the process ends, whatever the reason.
 
     Raises:
         InputError: the folder cannot be written to or locked.
@@ -190,7 +191,7 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"Waiting for another run that fills {folder}.")
+                say(f"Waiting for another run that is filling {folder}.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
@@ -198,7 +199,7 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _write_patch(patch: Patch, to: CachedPatch, resolution: float, lidar_resolution: float) -> None:
-    """Read a patch and write what the cache lacks of it."""
+    """Read a patch and write those of its files that are not in the cache."""
     if not _is_whole(to.images):
         _write_array(Path(to.images), np.stack([read_image(path) for path in patch.images]))
     if not _is_whole(to.reference):
@@ -208,14 +209,14 @@ def _write_patch(patch: Patch, to: CachedPatch, resolution: float, lidar_resolut
 
 
 def read_image(path: Path) -> NDArray[np.int16]:
-    """One image: (band, row, column), reflectance x 10 000, `NODATA` where the file has its own nodata.
+    """Read an image: (band, row, column), reflectance x 10 000, `NODATA` where the file has its own nodata value.
 
     Raises:
         InputError: the file cannot be read.
     """
     with opened(path) as raster:
         values = raster.read()
-        # Reflectance stays far below the type's limit.
+        # Larger values than int16 holds are no reflectances.
         image = np.minimum(values, np.iinfo(np.int16).max).astype(np.int16)
         if raster.nodata is not None:
             image[values == raster.nodata] = NODATA
@@ -223,10 +224,10 @@ def read_image(path: Path) -> NDArray[np.int16]:
 
 
 def read_reference(lidar: Path, mask: Path | None, resolution: float) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
-    """Heights of a square and where there is no tall vegetation, at the LiDAR's resolution.
+    """Read the heights of a square and where there is no tall vegetation, at the resolution of the LiDAR file.
 
-    Heights not above 0 and the file's own nodata become 0 and masked; the mask of tall vegetation adds to them, a
-    coarser pixel of it where all of the pixel at 1 m is masked.
+    Heights of 0 and below and the file's nodata value become 0 and are masked, as are the pixels that the mask file marks.
+    Of a mask at 1 m beside coarser heights, a coarse pixel is marked where all of its pixels are.
 
     Returns:
         Two arrays (row, column): dm, and True where there is no tall vegetation.
@@ -250,7 +251,7 @@ def read_reference(lidar: Path, mask: Path | None, resolution: float) -> tuple[N
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array whole as .npy; written as bytes, since ndarray.tofile hides why it failed."""
+    """Write an array as .npy, completely or not at all; as bytes, since ndarray.tofile hides why it failed."""
     array = np.ascontiguousarray(array)
     with whole_file(path) as beside, beside.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))

@@ -1,19 +1,20 @@
-"""What a root of canopy tiles holds: squares, images and LiDAR, checked, and which of them an experiment uses.
+"""Read and check a folder of canopy tiles, and select the squares and images that an experiment uses.
 
-    patches/<tile>/<tile>.parquet                one row a patch and image
+    patches/<tile>/<tile>.parquet                one row per image of a patch
     patches/<tile>/<patch>/<image>.tif           10 bands, 10 m, 150 x 150 pixels, reflectance x 10 000
     lidar/<tile>/res_<resolution>/<lidar>.tif    canopy height in decimetres of the 1 km square
     lidar_mask/<tile>/mask_<tile>.parquet        optional: share of tall vegetation
     lidar_mask/<tile>/<mask>.tif                 1 = no tall vegetation
     angles/<tile>.csv                            optional: sun and view angles of an image
-    SIMULATED.txt                                marks a root that was simulated
+    SIMULATED.txt                                marks simulated tiles
 
 A patch is named after the upper-left corner of its 1 km LiDAR square in kilometres (`0440_6740`); its images reach
-250 m further on each side. Any projected grid in metres will do, as long as a tile's files share it.
+250 m further on each side. Any projected coordinate system in metres will do, as long as a tile's files share it.
 
-`read_catalogue` reads the tables and opens every file's header. What is absent and rows that cannot be used are left
-out and counted; files that are there but wrong would be misread in silence, and are refused. `select` then applies the
-published selection (Kalinicheva et al. 2026, THREASURE-Net, Remote Sensing of Environment).
+`read_catalogue` reads the tables and the header of every file. Missing files and unusable rows are left out and counted.
+Files that do not match the layout are refused, since they would be misread silently. `select` then applies the selection
+criteria of the paper (Kalinicheva et al. 2026, THREASURE-Net, Remote Sensing of Environment) and, in addition, a limit to
+the time between image and LiDAR.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
 from tqdm import tqdm
 
+from utils.canopy import FACTORS
 from utils.errors import InputError
 
 BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
@@ -42,7 +44,6 @@ PIXEL = 10.0  # m, of images
 SQUARE_SIZE = 100  # image pixels of a LiDAR square
 BORDER = 25  # image pixels of a patch around its square
 PATCH_SIZE = SQUARE_SIZE + 2 * BORDER
-RESOLUTIONS = (10.0, 5.0, 2.5)  # m, of the output
 CONTEXTS = ("training", "validation", "test")
 CHOICES = ("auto", "yes", "no")
 SIMULATED = "SIMULATED.txt"  # file that marks a simulated root
@@ -50,8 +51,8 @@ SIMULATED = "SIMULATED.txt"  # file that marks a simulated root
 ANGLES = ("sun_zenith", "sun_azimuth", "view_zenith", "view_azimuth")
 ANGLE_CHANNELS = 6
 MAX_DAYS_FROM_LIDAR = 366
-EXAMPLES = 3
-THREADS = 8  # that open files; most of the time they wait for the disk
+EXAMPLES = 3  # files or rows named for each finding
+THREADS = 8  # for opening files, which mostly waits for the disk
 
 PATCH_COLUMNS = (
     "lidarhd_id",
@@ -70,7 +71,7 @@ ANGLE_COLUMNS = ("patch_id", "image_name", *ANGLES)
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a root, with the number of its occurrences and the first few."""
+    """A problem with the data: what it is, whether it is an error, how often it occurs, and the first examples."""
 
     what: str
     refused: bool
@@ -84,7 +85,7 @@ class Finding:
 
 
 class Raster(NamedTuple):
-    """What the layout demands of a kind of file: bands, types, pixel sizes (m), and border around the square (m)."""
+    """What a kind of file must have: bands, data types, pixel sizes (m), and border around the square (m)."""
 
     bands: int
     dtypes: tuple[str, ...]
@@ -93,17 +94,17 @@ class Raster(NamedTuple):
 
 
 class Catalogue(NamedTuple):
-    """A checked root.
+    """The usable images of a folder of tiles, all checked.
 
     Attributes:
-        root: its folder.
-        rows: one row a patch and image, of files that are there: tile, patch, context, image, date, lidar, lidar_date,
-            masked_pixels, valid_pixels; the four angles in degrees where they are in use; mask and valid_crop where
-            masks are. Files are paths below the root.
-        with_angles: whether angles are in use.
-        with_mask: whether masks of tall vegetation are in use.
-        crs: the grid of each tile.
-        findings: what was left out of the root, for the user to read.
+        root: the folder.
+        rows: one row per image: tile, patch, context, image, date, lidar, lidar_date, masked_pixels, valid_pixels; the
+            four angles in degrees if angles are used; mask and valid_crop if masks are. File paths are relative to the
+            root.
+        with_angles: whether angles are used.
+        with_mask: whether masks of tall vegetation are used.
+        crs: the coordinate system of each tile.
+        findings: what was left out, for the user to read.
     """
 
     root: Path
@@ -115,12 +116,12 @@ class Catalogue(NamedTuple):
 
     @property
     def simulated(self) -> bool:
-        """Whether the root was simulated."""
+        """Whether the tiles are simulated."""
         return (self.root / SIMULATED).exists()
 
     def report(self) -> list[str]:
-        """Lines for the user: the root, what was left out of it, what is in use."""
-        angles, masks = ("in use" if used else "not in use" for used in (self.with_angles, self.with_mask))
+        """Lines for the user: the folder, what was left out, and whether angles and masks are used."""
+        angles, masks = ("used" if used else "not used" for used in (self.with_angles, self.with_mask))
         return [
             f"Data: {self.root}{' (simulated)' if self.simulated else ''}",
             *map(str, self.findings),
@@ -130,17 +131,17 @@ class Catalogue(NamedTuple):
 
 @dataclass(frozen=True)
 class Patch:
-    """A LiDAR square and the images of it that are used, in order of date.
+    """A LiDAR square and its selected images, ordered by date.
 
     Attributes:
         tile: the tile's name.
         name: the square's upper-left corner in km, as `0440_6740`.
         images: image files.
         dates: (date,) datetime64[D].
-        angles: (date, 6) float32 of `angle_channels`, or None where angles are not in use.
-        lidar: the file of heights.
+        angles: (date, 6) float32 from `angle_channels`, or None if angles are not used.
+        lidar: the height file.
         lidar_date: datetime64[D].
-        mask: the file of the mask of tall vegetation, or None where masks are not in use.
+        mask: the mask of tall vegetation, or None if masks are not used.
     """
 
     tile: str
@@ -159,13 +160,13 @@ class Patch:
 
 
 class Selection(NamedTuple):
-    """The patches of an experiment, by tile and name, and why the others are not among them."""
+    """The selected patches, ordered by tile and name, and the number left out by reason."""
 
     patches: list[Patch]
     dropped: dict[str, int]
 
     def __str__(self) -> str:
-        """The number of patches, and what was left out."""
+        """The number of patches and what was left out."""
         left_out = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.items())
         return f"{len(self.patches)}{f'; left out: {left_out}' if left_out else ''}"
 
@@ -177,7 +178,7 @@ def corner_of(patch: str) -> tuple[float, float]:
 
 
 def angle_channels(degrees: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Angles as the network sees them, rounded to 4 decimals as published.
+    """Angles as input channels, rounded to 4 decimals as in the published code.
 
     Args:
         degrees: (date, 4), sun zenith, sun azimuth, view zenith, view azimuth.
@@ -192,17 +193,17 @@ def angle_channels(degrees: NDArray[np.float64]) -> NDArray[np.float32]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[DatasetReader]:
-    """A GeoTIFF, opened.
+    """Open a GeoTIFF for reading.
 
     Raises:
-        InputError: it cannot be opened or, within the block, read.
+        InputError: it cannot be opened, or not be read within the block.
     """
     try:
-        # Named and unshared, a file opens in half the time.
+        # With its driver named and not shared, a file opens in half the time.
         with rasterio.open(path, driver="GTiff", sharing=False) as raster:
             yield raster
     except (RasterioError, CRSError) as error:
-        raise InputError(f"{path} cannot be read as a GeoTIFF, it may be truncated: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} cannot be read as a GeoTIFF; it may be truncated: {str(error).splitlines()[0]}") from error
 
 
 def read_catalogue(
@@ -214,28 +215,30 @@ def read_catalogue(
     angles: str = "auto",
     mask: str = "auto",
 ) -> Catalogue:
-    """Read the tables of a root and check every file that they name.
+    """Read the tables of a folder of tiles and check every file that they name.
 
     Args:
-        root: folder in the layout of this module.
+        root: folder in the layout described above.
         tiles: names of tiles; all if empty.
-        resolution: of the output in m, one of `RESOLUTIONS`.
-        lidar_resolution: of the heights to learn from in m: 1, or that of the output.
-        angles: whether to use sun and view angles: yes, no, or auto, which uses them where every tile has them.
-        mask: the same of the masks of tall vegetation.
+        resolution: pixel size of the output in m, a key of `FACTORS`.
+        lidar_resolution: pixel size of the LiDAR files in m: 1, or that of the output.
+        angles: whether to use sun and view angles: yes, no, or auto, which uses them if every tile has them.
+        mask: the same for the masks of tall vegetation.
 
     Raises:
-        InputError: an argument is not among its choices, a tile, table or column is absent, a file cannot be read or
-            is not as the layout says, or nothing is left.
+        InputError: an argument is invalid; a tile, table or column is missing; a file cannot be read or does not match
+            the layout; or no image is left.
     """
-    if resolution not in RESOLUTIONS:
-        raise InputError(f"the output resolution {resolution:g} m is not one of {_listed(RESOLUTIONS)}")
+    if resolution not in FACTORS:
+        raise InputError(f"the output resolution {resolution:g} m is not one of {_listed(FACTORS)}")
     if lidar_resolution not in (1.0, resolution):
-        raise InputError(f"the LiDAR resolution {lidar_resolution:g} m is neither 1 nor that of the output, {resolution:g}")
+        raise InputError(
+            f"the LiDAR resolution {lidar_resolution:g} m is neither 1 m nor that of the output, {resolution:g} m"
+        )
     if not root.is_dir():
         raise InputError(
-            f"{root} {'is a file' if root.exists() else 'does not exist'}; a folder of tiles is expected, a relative path "
-            f"counts from where the command is given"
+            f"{root} {'is a file' if root.exists() else 'does not exist'}; a folder of tiles is expected (relative paths "
+            f"start from the folder in which the command is run)"
         )
     present = sorted(path.stem for path in root.glob("patches/*/*.parquet") if path.stem == path.parent.name)
     if not present:
@@ -264,14 +267,14 @@ def read_catalogue(
         missing = files[[not path.is_file() for path in _paths(root, files)]]
         _note(findings, what, missing)
         if len(files) and len(missing) == len(files):
-            raise InputError(f"none of the files that the tables name is in {root}, {_paths(root, files)[0]} for example")
+            raise InputError(f"{root} has none of the files that its tables name, for example {_paths(root, files)[0]}")
         rows = rows[~rows[column].isin(missing)]
     crs = _check_headers(root, rows, lidar_resolution, findings)
     refused = any(finding.refused for finding in findings)
     if refused or rows.empty:
-        # What must be mended comes first, then what was left out.
+        # Errors first, then what was left out.
         listed = "".join(f"\n  {finding}" for finding in sorted(findings, key=lambda finding: not finding.refused))
-        why = "files that are not as its layout says; mend or remove them" if refused else "no image that can be used"
+        why = "files that do not match the expected layout; fix or remove them" if refused else "no usable image"
         raise InputError(f"{root} has {why}:{listed}")
     return Catalogue(root, rows.reset_index(drop=True), with_angles, with_mask, crs, findings)
 
@@ -285,15 +288,15 @@ def select(
     min_vegetation: float = 10.0,
     min_dates: int = 5,
 ) -> Selection:
-    """Choose patches and images as published.
+    """Select the patches of a context and their images; the default limits are those of the paper.
 
     Args:
-        catalogue: a checked root.
+        catalogue: the images to select from.
         context: training, validation or test.
-        max_masked: `masked_pixels` of an image at most, %.
-        min_valid: `valid_pixels` of an image at least, %.
-        min_vegetation: `valid_crop` of a square at least, % of its central 640 m, where masks are in use.
-        min_dates: images of a patch at least.
+        max_masked: maximum `masked_pixels` of an image, %.
+        min_valid: minimum `valid_pixels` of an image, %.
+        min_vegetation: minimum `valid_crop` of a square, % of its central 640 m, if masks are used.
+        min_dates: minimum number of images of a patch.
 
     Raises:
         InputError: no patch is left.
@@ -326,20 +329,20 @@ def select(
     dropped = {reason: count for reason, count in dropped.items() if count}
     if rows.empty:
         counts = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
-        raise InputError(f"{catalogue.root} has no square of context {context!r} left to use; left out: {counts}")
+        raise InputError(f"{catalogue.root} has no usable square of context {context!r}; left out: {counts}")
     ordered = rows.sort_values(["tile", "patch", "date", "image"]).groupby(["tile", "patch"], sort=True)
     return Selection([_patch(catalogue, key, images) for key, images in ordered], dropped)
 
 
 def select_disjoint(catalogue: Catalogue, **limits: Any) -> dict[str, Selection]:
-    """Choose the patches of all contexts, so that no square is in two of them.
+    """Select the patches of all contexts so that no square is in two of them.
 
-    Overlapping tiles may hold one square in two contexts, which neither tile's table shows. Such a square stays in test
-    rather than in validation, and in either rather than in training.
+    Where tiles overlap, a square may belong to one context in one tile and to another in the next. It is kept in test
+    before validation, and in validation before training.
 
     Args:
-        catalogue: a checked root.
-        limits: arguments of `select`.
+        catalogue: the images to select from.
+        limits: passed on to `select`.
 
     Returns:
         Selections by context: test, validation, training.
@@ -356,16 +359,16 @@ def select_disjoint(catalogue: Catalogue, **limits: Any) -> dict[str, Selection]
         left = [patch for patch, place in zip(patches, places, strict=True) if place not in taken]
         others = " or ".join(chosen)
         if not left:
-            raise InputError(f"every square for {context} is also one for {others} in another tile")
+            raise InputError(f"every {context} square is also a {others} square in another tile")
         if len(left) < len(patches):
-            dropped = dropped | {f"squares that another tile has for {others}": len(patches) - len(left)}
+            dropped = dropped | {f"squares used for {others} in another tile": len(patches) - len(left)}
         taken |= set(places)
         chosen[context] = Selection(left, dropped)
     return chosen
 
 
 def _patch(catalogue: Catalogue, key: Hashable, images: pd.DataFrame) -> Patch:
-    """The patch of the rows of a square."""
+    """Make the patch of a square from its rows of the catalogue."""
     assert isinstance(key, tuple)
     first = images.iloc[0]
     angles = angle_channels(images[list(ANGLES)].to_numpy(np.float64)) if catalogue.with_angles else None
@@ -382,53 +385,49 @@ def _patch(catalogue: Catalogue, key: Hashable, images: pd.DataFrame) -> Patch:
 
 
 def _need_lidar(folder: Path, resolution: float) -> None:
-    """Refuse a tile without heights at the resolution asked for.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Raise an InputError if a tile has no LiDAR heights at a resolution."""
     if not (folder / f"res_{resolution:g}").is_dir():
         present = ", ".join(sorted(path.name.removeprefix("res_") for path in folder.glob("res_*"))) or "none"
         raise InputError(f"{folder} has no LiDAR at {resolution:g} m (res_{resolution:g}); resolutions present: {present}")
 
 
 def _in_use(flag: str, choice: str, tables: Sequence[Path], findings: list[Finding]) -> bool:
-    """Whether optional data are in use; auto takes them where every tile has them.
+    """Whether to use optional data; with auto, if every tile has them.
 
     Raises:
-        InputError: `choice` is none, or data asked for are absent.
+        InputError: `choice` is invalid, or a tile lacks the data that it asks for.
     """
     if choice not in CHOICES:
         raise InputError(f"{flag}={choice} is not one of {_listed(CHOICES)}")
     absent = [path for path in tables if not path.is_file()]
     if choice == "yes" and absent:
-        raise InputError(f"{flag}=yes was asked for, but {absent[0]} does not exist")
+        raise InputError(f"{flag}=yes needs {absent[0]}, which does not exist")
     if choice == "auto" and len(absent) < len(tables):
-        _note(findings, f"tile without its table, so that {flag}=auto means no", absent)
+        _note(findings, f"table missing, so {flag}=auto is resolved to no", absent)
     return choice != "no" and not absent
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Columns of a .parquet or .csv table.
+    """Read columns of a .parquet or .csv table.
 
     Raises:
-        InputError: the table cannot be read or has not all columns.
+        InputError: the table cannot be read, lacks a column or has no rows.
     """
     try:
         rows = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={"patch_id": str})
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as a {path.suffix} table, it may be truncated: {reason}") from error
+        raise InputError(f"{path} cannot be read as a {path.suffix} table; it may be truncated: {reason}") from error
     missing = [column for column in columns if column not in rows.columns]
     if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}; expected are {_listed(columns)}")
+        raise InputError(f"{path} has no column {', '.join(missing)}; expected columns: {_listed(columns)}")
     if rows.empty:
         raise InputError(f"{path} has no rows")
     return rows[list(columns)].reset_index(drop=True)
 
 
 def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list[Finding]) -> pd.DataFrame:
-    """The rows of a tile's table that can be used, with paths below the root."""
+    """The usable rows of a tile's table, with paths relative to the root."""
     path = root / "patches" / tile / f"{tile}.parquet"
     table = _read_table(path, PATCH_COLUMNS)
     patch, image = _text(table["lidarhd_id"]), _with_suffix(table["image_name"])
@@ -445,7 +444,7 @@ def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list
             "valid_pixels": pd.to_numeric(table["valid_pixels"], errors="coerce"),
         }
     )
-    square = patch.str.replace(r"(^|_)0+(?=\d)", r"\1", regex=True)  # 0440_6740 and 440_6740 are one
+    square = patch.str.replace(r"(^|_)0+(?=\d)", r"\1", regex=True)  # 0440_6740 and 440_6740 are the same square
     kinds = rows.groupby(square)["context"].transform("nunique")
     _note(findings, f"{path.name}: square in more than one context", patch[kinds > 1].unique(), refused=True)
     several = rows.groupby("patch")[["lidar", "lidar_date"]].transform("nunique").max(axis=1) > 1
@@ -453,10 +452,10 @@ def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list
         (rows[["patch", "image", "lidar"]].isna().any(axis=1), patch, "lidarhd_id, image_name or lidar_name missing"),
         (~patch.map(lambda name: re.fullmatch(r"\d+_\d+", str(name)) is not None), patch, "lidarhd_id not <km>_<km>"),
         (~rows["context"].isin(CONTEXTS), rows["context"], f"context not one of {_listed(CONTEXTS)}"),
-        (rows["lidar_date"].isna(), patch, "lidar_date that is no date"),
-        (rows["date"].isna(), image, "s2_date that is no date"),
+        (rows["lidar_date"].isna(), patch, "lidar_date not a date"),
+        (rows["date"].isna(), image, "s2_date not a date"),
         (several, patch, "square with more than one LiDAR file or date"),
-        (rows.duplicated("image"), image, "row that repeats an image"),
+        (rows.duplicated("image"), image, "duplicate row of an image"),
     ):
         left_out = unusable[rows.index]
         _note(findings, f"{path.name}: {what}, row left out", names[rows.index][left_out])
@@ -465,7 +464,7 @@ def _read_patches(root: Path, tile: str, lidar_resolution: float, findings: list
 
 
 def _join_angles(root: Path, tile: str, rows: pd.DataFrame, findings: list[Finding]) -> pd.DataFrame:
-    """Append the four angles in degrees, missing where the table has none."""
+    """Append the four angles in degrees, NaN where the table has none."""
     path = root / "angles" / f"{tile}.csv"
     table = _read_table(path, ANGLE_COLUMNS)
     angles = table[list(ANGLES)].apply(pd.to_numeric, errors="coerce")
@@ -473,9 +472,9 @@ def _join_angles(root: Path, tile: str, rows: pd.DataFrame, findings: list[Findi
         angles[name] = angles[name].where(angles[name].between(*((0, 90) if "zenith" in name else (-360, 360))))
     angles["image"] = f"patches/{tile}/" + table["patch_id"].astype(str) + "/" + _with_suffix(table["image_name"])
     repeated = angles.duplicated("image")
-    _note(findings, f"{path.name}: row that repeats an image, left out", angles["image"][repeated])
-    strangers = ~angles["image"].isin(rows["image"])
-    _note(findings, f"{path.name}: angles for no image, left out", angles["image"][strangers])
+    _note(findings, f"{path.name}: duplicate row of an image, left out", angles["image"][repeated])
+    unknown = ~angles["image"].isin(rows["image"])
+    _note(findings, f"{path.name}: angles of an unknown image, left out", angles["image"][unknown])
     return rows.merge(angles[~repeated], on="image", how="left")
 
 
@@ -491,17 +490,17 @@ def _join_mask(root: Path, tile: str, rows: pd.DataFrame, findings: list[Finding
         }
     )
     repeated = masks.duplicated("patch")
-    _note(findings, f"{path.name}: row that repeats a square, left out", masks["patch"][repeated])
+    _note(findings, f"{path.name}: duplicate row of a square, left out", masks["patch"][repeated])
     joined = rows.merge(masks[~repeated], on="patch", how="left")
     _note(findings, f"{path.name}: square without a row, left out", joined["patch"][joined["mask"].isna()].unique())
     return joined[joined["mask"].notna()]
 
 
 def _check_headers(root: Path, rows: pd.DataFrame, lidar_resolution: float, findings: list[Finding]) -> dict[str, CRS]:
-    """Open every file once and note what is not as the layout says.
+    """Check the header of every file and append a finding for whatever does not match the layout.
 
     Returns:
-        The grid of each tile.
+        The coordinate system of each tile.
     """
     jobs = [
         (column, row.tile, row.patch, root / getattr(row, column))
@@ -513,7 +512,7 @@ def _check_headers(root: Path, rows: pd.DataFrame, lidar_resolution: float, find
         found_in = pool.map(lambda job: _header(job[0], job[2], job[3], lidar_resolution), jobs)
         headers = list(tqdm(found_in, "Checking the files...", len(jobs), unit="file", leave=False))
     problems: dict[str, list[str]] = {}
-    grids: dict[str, dict[str, Path]] = {}  # by tile: a file of each grid, as well-known text
+    grids: dict[str, dict[str, Path]] = {}  # by tile and coordinate system (WKT): the first file that has it
     for (_, tile, _, path), (found, grid) in zip(jobs, headers, strict=True):
         for problem in found:
             problems.setdefault(problem, []).append(str(path.relative_to(root)))
@@ -526,12 +525,12 @@ def _check_headers(root: Path, rows: pd.DataFrame, lidar_resolution: float, find
         crs[tile] = CRS.from_wkt(next(iter(files_of)))
         others = [str(path.relative_to(root)) for grid, path in files_of.items() if CRS.from_wkt(grid) != crs[tile]]
         first = next(iter(files_of.values())).relative_to(root)
-        _note(findings, f"file of another coordinate system than {first}", others, refused=True)
+        _note(findings, f"coordinate system other than that of {first}", others, refused=True)
     return crs
 
 
 def _header(kind: str, patch: str, path: Path, lidar_resolution: float) -> tuple[list[str], str | None]:
-    """What is wrong with a file's header, and its coordinate system as well-known text."""
+    """The problems of a file's header, and its coordinate system as well-known text (WKT)."""
     expected = {
         "image": Raster(len(BANDS), ("int16", "uint16"), (PIXEL,), BORDER * PIXEL),
         "lidar": Raster(1, ("uint8", "int16", "uint16", "int32"), (lidar_resolution,), 0.0),
@@ -566,7 +565,7 @@ def _header(kind: str, patch: str, path: Path, lidar_resolution: float) -> tuple
 
 
 def _is_cut_off(raster: DatasetReader, path: Path) -> bool:
-    """Whether the file ends before the last block that its header names."""
+    """Whether the file ends before the last block listed in its header."""
     height, width = raster.block_shapes[-1]
     block = f"{(raster.width - 1) // width}_{(raster.height - 1) // height}"
     place = [raster.get_tag_item(f"BLOCK_{part}_{block}", "TIFF", bidx=raster.count) for part in ("OFFSET", "SIZE")]
@@ -574,38 +573,38 @@ def _is_cut_off(raster: DatasetReader, path: Path) -> bool:
 
 
 def _note(findings: list[Finding], what: str, names: Iterable[object], refused: bool = False) -> None:
-    """Append a finding, if there is one."""
+    """Append a finding unless `names` is empty."""
     listed = [str(name) for name in names]
     if listed:
         findings.append(Finding(what, refused, len(listed), tuple(listed[:EXAMPLES])))
 
 
 def _dates(values: pd.Series) -> pd.Series:
-    """Days of a column of ISO dates, missing where there is none."""
+    """A column of ISO dates as days, NaT where it cannot be parsed."""
     days = pd.to_datetime(values.astype(str), format="ISO8601", errors="coerce", utc=True)
     return days.dt.tz_localize(None).dt.normalize()
 
 
 def _with_suffix(names: pd.Series) -> pd.Series:
-    """File names with .tif, which some tables leave out."""
+    """File names with the extension .tif, which some tables leave out."""
     return _text(names).str.removesuffix(".tif") + ".tif"
 
 
 def _text(values: pd.Series) -> pd.Series:
-    """Values as text, missing where they are."""
+    """Values as text, missing values kept missing."""
     return values.astype(str).where(values.notna())
 
 
 def _paths(root: Path, files: Iterable[str]) -> list[Path]:
-    """Files below the root."""
+    """Paths of files that are relative to the root."""
     return [root / file for file in files]
 
 
 def _squares(rows: pd.DataFrame) -> int:
-    """The number of squares in rows of a catalogue."""
+    """The number of different squares in rows of a catalogue."""
     return len(rows[["tile", "patch"]].drop_duplicates())
 
 
 def _listed(values: Iterable[object]) -> str:
-    """Values for a sentence."""
+    """Values joined by commas."""
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

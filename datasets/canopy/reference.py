@@ -1,6 +1,6 @@
-"""The reference of canopy height: what LiDAR heights count as tall vegetation, and heights at coarser resolutions.
+"""Reference heights: which LiDAR pixels are tall vegetation, and how heights are brought to coarser resolutions.
 
-Heights are the 95th percentile of LiDAR returns above ground (pH95), whole decimetres; 0 is ground, negative is nodata.
+Heights are the 95th percentile of LiDAR heights above ground (pH95), whole decimetres; 0 is ground, negative is nodata.
 The rules are those of THREASURE-Net (Kalinicheva et al. 2026, Remote Sensing of Environment; arXiv 2512.11524).
 """
 
@@ -12,31 +12,31 @@ from scipy import ndimage
 
 from utils.errors import InputError
 
-SMALLEST_COMPONENT = 25  # pixels of 1 m: less is no stand but a pole, a wire or noise
-LOW = 15  # dm: below it grass, crops and the roughness of the ground
-LOWEST_ON_CROPS = 50  # dm: below it the vegetation of a field is the crop
+SMALLEST_COMPONENT = 25  # pixels of 1 m: anything smaller is not a stand but a pole, a wire or noise
+LOW = 15  # dm: anything lower is grass, crops or rough ground
+LOWEST_ON_CROPS = 50  # dm: anything lower on a field is the crop
 NEIGHBOURHOOD = 7  # pixels of 1 m
-HALF_STEP = 2.5  # the one ratio of resolutions that is not whole: 1 m to 2.5 m
+HALF_STEP = 2.5  # the only ratio of resolutions that is not a whole number: 1 m to 2.5 m
 EIGHT_NEIGHBOURS = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], dtype=bool)
 
 
 def vegetation_mask(height: NDArray[Any], crop: NDArray[Any] | None = None) -> NDArray[np.uint8]:
-    """Tell tall vegetation from everything else in a 1 km LiDAR square.
+    """Mask everything but tall vegetation in a 1 km LiDAR square.
 
     Args:
         height: pH95 at 1 m, decimetres: (row, column).
-        crop: True (or 1) on fields, where low vegetation is the crop: (row, column).
+        crop: True (or 1) on fields, where low vegetation is a crop: (row, column).
 
     Returns:
         1 where there is no tall vegetation, 0 where there is: (row, column).
 
     Raises:
-        InputError: the crop mask has another shape than the heights.
+        InputError: crop mask and heights differ in shape.
     """
     if crop is not None and crop.shape != height.shape:
         raise InputError(f"the crop mask has the shape {crop.shape}, but the heights have {height.shape}")
     vegetation = _without_small_components(height > 0)
-    # Nodata is negative but no height, so it adds nothing to the sum.
+    # Nodata is negative and must not lower the sum.
     height_sum = _window_sum(np.maximum(height, 0))
     low = (height_sum < LOW * _window_sum(vegetation)) & (height < LOW)
     if crop is not None:
@@ -47,20 +47,20 @@ def vegetation_mask(height: NDArray[Any], crop: NDArray[Any] | None = None) -> N
 def at_resolution(
     height: NDArray[Any], no_vegetation: NDArray[np.bool_], source: float, target: float
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Bring heights and mask to a coarser resolution: the highest of each block, masked where all of the block is.
+    """Bring heights and mask to a coarser resolution: the maximum of each block, masked if the whole block is.
 
-    The maximum includes the heights of masked pixels. Where the resolution is 2.5 times coarser, each pixel is first
-    doubled along both axes. At the same resolution the arrays come back as they are; otherwise
-    `drop_low_and_isolated` is to follow, on the window in use.
+    The maximum includes the heights of masked pixels. For a resolution that is 2.5 times coarser, each pixel is first
+    doubled along both axes. At the same resolution the arrays are returned unchanged; otherwise the windows that are cut
+    out of them must pass `drop_low_and_isolated`.
 
     Args:
         height: Decimetres: (row, column).
         no_vegetation: True where there is no tall vegetation: (row, column).
-        source: Resolution of the arrays, metres.
-        target: Resolution wanted, metres.
+        source: Pixel size of the arrays, metres.
+        target: Pixel size to bring them to, metres.
 
     Raises:
-        InputError: `target` is neither 2.5 nor a whole number of times `source`, or the blocks do not fill the arrays.
+        InputError: `target` is neither 2.5 times nor a multiple of `source`, or the blocks do not fill the arrays.
     """
     ratio = target / source
     if ratio == 1:
@@ -71,23 +71,23 @@ def at_resolution(
     block = round(ratio)
     if block < 1 or block != ratio:
         raise InputError(
-            f"heights at {source:g} m cannot be brought to {target:g} m: the resolution wanted must be the same, "
-            f"{HALF_STEP:g} times or a whole number of times coarser"
+            f"heights at {source:g} m cannot be resampled to {target:g} m: the pixel size must be the same, {HALF_STEP:g} "
+            f"times as large or a multiple"
         )
     rows, columns = height.shape
     if rows % block or columns % block:
         raise InputError(
-            f"heights of {rows} x {columns} pixels do not divide into whole pixels of {target:g} m ({block} x {block} each)"
+            f"heights of {rows} x {columns} pixels cannot be divided into pixels of {target:g} m ({block} x {block} each)"
         )
     blocks = (rows // block, block, columns // block, block)
     return height.reshape(blocks).max(axis=(1, 3)), np.asarray(no_vegetation.reshape(blocks).all(axis=(1, 3)))
 
 
 def drop_low_and_isolated(height: NDArray[Any], no_vegetation: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Drop what a coarser resolution makes of stray returns: low pixels, and pixels of vegetation that stand alone.
+    """Mask what stray returns leave at a coarser resolution: low pixels and isolated pixels of vegetation.
 
-    Heights below 15 dm become 0 and masked; then a pixel without vegetation among its eight neighbours is masked and
-    keeps its height. Beyond the window counts as masked. For a window that `at_resolution` has made coarser.
+    Heights below 15 dm become 0 and are masked; then a pixel without vegetation among its eight neighbours is masked and
+    keeps its height. Pixels beyond the window count as masked. For windows that `at_resolution` has made coarser.
 
     Args:
         height: Decimetres: (row, column).

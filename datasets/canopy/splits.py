@@ -1,4 +1,4 @@
-"""Training, validation and test samples of canopy tiles, with what standardises them and digests of their content."""
+"""Training, validation and test samples of canopy tiles, the statistics to standardise them and digests of their content."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,15 +14,15 @@ from utils.errors import InputError
 
 
 class Splits(NamedTuple):
-    """What a run works on.
+    """The data of a run.
 
     Attributes:
-        training: samples at random windows and dates.
-        validation: samples at central windows and evenly spaced dates.
+        training: samples with random windows and dates.
+        validation: samples with central windows and evenly spaced dates.
         test: the same.
-        statistics: for the standardisation.
-        catalogue: of the root.
-        digests: sha256 of the content behind the samples of each context.
+        statistics: to standardise inputs and target with.
+        catalogue: of the tiles.
+        digests: sha256 of the content of each context's samples.
     """
 
     training: CanopyPatches
@@ -34,11 +34,11 @@ class Splits(NamedTuple):
 
     @property
     def margin(self) -> int:
-        """Image pixels of a sample around its window."""
+        """Image pixels by which the input extends beyond the window on each side."""
         return self.training.margin
 
     def description(self) -> dict[str, Any]:
-        """The data's entries in a document of results."""
+        """The data's entries in `metrics.json`."""
         return {
             "sha256": self.digests,
             "simulated": self.catalogue.simulated,
@@ -48,7 +48,7 @@ class Splits(NamedTuple):
         }
 
     def input_record(self) -> dict[str, Any]:
-        """What a user of weights trained on these data must know of the input and the target."""
+        """What the metadata of weights says about input and target, for those who use them."""
         description = self.description()
         return {
             "bands": BANDS,
@@ -79,28 +79,28 @@ def load_splits(
     statistics: str,
     seed: int,
 ) -> Splits:
-    """Check a root, select squares and images, and read them into the cache.
+    """Check the tiles, select squares and images, and read them into the cache.
 
     Args:
         root: folder in the layout of `datasets.canopy.catalogue`.
         cache: folder of the cache.
         tiles: names of tiles; all if empty.
-        log: takes lines for the user.
-        angles: whether sun and view angles are in use: yes, no, or auto.
-        mask: the same of the masks of tall vegetation.
-        resolution: of the output in m.
-        lidar_resolution: of the LiDAR files in m.
-        limits: of `select`, by name.
-        batch_size: with `accumulate`, how many squares training needs at least.
-        accumulate: batches of a step.
+        log: called with messages for the user.
+        angles: whether to use sun and view angles: yes, no, or auto.
+        mask: the same for the masks of tall vegetation.
+        resolution: pixel size of the output in m.
+        lidar_resolution: pixel size of the LiDAR files in m.
+        limits: arguments of `select`.
+        batch_size: windows in a batch.
+        accumulate: batches in an optimiser step; training needs at least one step.
         window: side of the target in image pixels.
-        margin: image pixels more on each side of the input.
-        max_dates: images of a sample at most.
-        statistics: the choice of `find_statistics`.
+        margin: image pixels by which the input extends beyond the window on each side.
+        max_dates: maximum number of images in a sample.
+        statistics: `choice` of `find_statistics`.
         seed: of all random draws.
 
     Raises:
-        InputError: the tiles cannot be used, too few squares are left, a window does not fit, or a context has no tall
+        InputError: the tiles cannot be used, too few squares are left, the window does not fit, or a context has no tall
             vegetation.
     """
     catalogue = read_catalogue(
@@ -126,7 +126,7 @@ def load_splits(
         max_dates=max_dates,
         seed=seed,
     )
-    samples_of([], training=True)  # refuses a window that does not fit before anything is read
+    samples_of([], training=True)  # raises an error before anything is read if the window does not fit
     patches = [patch for selection in selected.values() for patch in selection.patches]
     cached = iter(cache_patches(patches, cache, resolution=resolution, lidar_resolution=lidar_resolution, say=log))
     samples = {
@@ -135,8 +135,8 @@ def load_splits(
     }
     for context, one in samples.items():
         if not one.any_vegetation():
-            raise InputError(f"{root}: no square for {context} has a height above 0 outside its mask where it is looked at")
+            raise InputError(f"{root}: no {context} square has tall vegetation (a height above 0 that is not masked) in use")
     found = find_statistics(samples["training"].patches, statistics, lidar_resolution, seed)
-    log(f"Statistics of the standardisation: {found.source}")
+    log(f"Statistics for standardisation: {found.source}")
     digests = {context: content_digest(one.patches) for context, one in samples.items()}
     return Splits(**samples, statistics=found, catalogue=catalogue, digests=digests)

@@ -1,15 +1,15 @@
-"""Training samples of canopy height: Sentinel-2 windows, their dates and angles, and the LiDAR heights below them.
+"""Samples of canopy height: windows of Sentinel-2 images with dates and angles, and LiDAR heights as the target.
 
 From files to a batch (`datasets.canopy.splits` does this for all contexts of a run):
 
-    catalogue = read_catalogue(root, tiles, resolution=2.5)                  tables and headers, checked
-    patches, dropped = select(catalogue, "training")                         which images of which squares
-    cached = cache_patches(patches, folder, resolution=2.5)                  one read into memory-mapped arrays
-    samples = CanopyPatches(cached, training=True, resolution=2.5, ...)      windows, as slices
+    catalogue = read_catalogue(root, tiles, resolution=2.5)                  check tables and file headers
+    patches, dropped = select(catalogue, "training")                         select squares and images
+    cached = cache_patches(patches, folder, resolution=2.5)                  read them into memory-mapped arrays
+    samples = CanopyPatches(cached, training=True, resolution=2.5, ...)      slice windows from the arrays
     loader = DataLoader(samples, sampler=[(index, epoch), ...], collate_fn=collate)
     images = standardise(batch.images, batch.angles, statistics)             on the device
 
-Windows, dates and statistics are those of THREASURE-Net (Kalinicheva et al. 2026, Remote Sensing of Environment).
+Windows and dates are drawn as for THREASURE-Net (Kalinicheva et al. 2026, Remote Sensing of Environment).
 """
 
 from collections.abc import Sequence
@@ -26,30 +26,31 @@ from torch.utils.data import Dataset
 from datasets.canopy.cache import CachedPatch, read_reference
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, BORDER, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE
 from datasets.canopy.reference import drop_low_and_isolated
+from utils.canopy import FACTORS
 from utils.errors import InputError
 from utils.seeds import STATISTICS, WINDOWS
 
-MAX_REFLECTANCE = 15_000  # x 10 000: clouds and glint are cut off here
-BLOCK = 8  # pixels: side of the block an image gives to the statistics
-STATISTICS_PATCHES = 500  # at most: some 15 000 images, a million pixels a band
-HEIGHT_STEP = 5  # m: heights for the statistics lie this far apart
-DECIMETRES = 10.0  # a metre
+MAX_REFLECTANCE = 15_000  # x 10 000: brighter clouds and glint are clipped
+BLOCK = 8  # pixels: side of the block that each image contributes to the statistics
+STATISTICS_PATCHES = 500  # maximum: some 15 000 images, a million pixels a band
+HEIGHT_STEP = 5  # m: distance between the heights that the statistics are computed from
+DECIMETRES = 10.0  # in a metre
 
 Heights = TypeVar("Heights", Tensor, NDArray[np.float32])
 
 
 def in_metres(decimetres: Heights) -> Heights:
-    """Heights of files, samples and batches, in decimetres, to metres."""
+    """Convert heights from decimetres, the unit of files, samples and batches, to metres."""
     return decimetres / DECIMETRES
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What inputs and target are standardised with: (value - median) / scale, scale = (5th + 95th percentile) / 2.
+    """Medians and scales that standardise inputs and target: (value - median) / scale, scale = (5th + 95th percentile) / 2.
 
     Attributes:
         band_median: (10,) reflectance x 10 000.
-        band_scale: (10,) the same.
+        band_scale: (10,) reflectance x 10 000.
         height_median: dm.
         height_scale: dm.
         source: `published` or `training pixels`.
@@ -62,11 +63,11 @@ class Statistics:
     source: str
 
     def standardise_height(self, decimetres: Tensor) -> Tensor:
-        """Heights as the network is trained on them."""
+        """Standardise heights in decimetres, as the target of the network."""
         return (decimetres - self.height_median) / self.height_scale
 
     def metres(self, standardised: Tensor) -> Tensor:
-        """Heights predicted by the network in metres, clamped at 0."""
+        """Convert standardised heights, as the network predicts them, to metres, clamped at 0."""
         return in_metres(standardised * self.height_scale + self.height_median).clamp_min(0)
 
 
@@ -93,7 +94,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples with their dates padded to the longest.
+    """Samples whose dates are padded to the largest number in the batch.
 
     Attributes:
         images: (sample, date, 10, row, column) int16, reflectance x 10 000, `NODATA` where missing, margin included.
@@ -103,7 +104,7 @@ class Batch(NamedTuple):
         lidar_day: (sample,) int64, day of year from 0.
         height: (sample, 1, row, column) float32, dm at the output resolution, without the margin; 0 where there is no
             tall vegetation.
-        no_vegetation: (sample, 1, row, column) bool.
+        no_vegetation: (sample, 1, row, column) bool, True where there is no tall vegetation.
         names: tile/patch of each sample.
         corner: (sample, 2) float64, easting and northing of the window's upper-left corner (m), without the margin.
     """
@@ -150,14 +151,15 @@ def tile_of(name: str) -> str:
 
 
 class CanopyPatches(Dataset[Sample]):
-    """Samples of cached patches, one a patch and epoch.
+    """Samples of cached patches, one per patch and epoch.
 
-    A training sample is a window at a random place of the 10 m grid, of random dates; otherwise the window is central
-    and the dates are evenly spaced. Draws depend on the seed, the epoch and the sample's index alone, never on workers
-    or order. Files are opened for a sample and let go after it, so memory does not grow with the number of patches.
+    A training sample is a window at a random position of the 10 m grid, with random dates; otherwise the window is
+    central and the dates are evenly spaced. Random draws depend on the seed, the epoch and the sample's index only, not on
+    workers or order. Files are opened for each sample and closed after it, so memory does not grow with the number of
+    patches.
 
-    Where the LiDAR was brought to a coarser resolution, low and isolated pixels are masked within the window. The height
-    of masked pixels is then 0, in training, validation and test alike, as published.
+    If the LiDAR heights were brought to a coarser resolution, low and isolated pixels are masked within the window. In
+    training, validation and test alike, the height of masked pixels is then set to 0.
     """
 
     def __init__(
@@ -172,31 +174,31 @@ class CanopyPatches(Dataset[Sample]):
         max_dates: int = 12,
         seed: int = 0,
     ) -> None:
-        """Set up access to patches.
+        """Keep the patches and settings; nothing is read yet.
 
         Args:
             patches: the cached patches.
-            training: random windows and dates.
-            resolution: of the output in m, as the patches were cached.
-            lidar_resolution: of the LiDAR files in m.
+            training: whether windows and dates are random.
+            resolution: pixel size of the output in m, for which the patches were cached.
+            lidar_resolution: pixel size of the LiDAR files in m.
             window: side of the target in image pixels.
-            margin: image pixels more on each side of the input.
-            max_dates: images a sample at most.
+            margin: image pixels by which the input extends beyond the window on each side.
+            max_dates: maximum number of images in a sample.
             seed: of all random draws.
 
         Raises:
-            InputError: the window does not fit in a square, or with its margin in a patch.
+            InputError: the window does not fit in a square, or not with its margin in a patch.
         """
         if not 0 < window <= SQUARE_SIZE or margin < 0 or window + 2 * margin > PATCH_SIZE:
             raise InputError(
-                f"a window of {window} pixels with a margin of {margin} on each side does not fit: the window may have "
-                f"{SQUARE_SIZE} pixels (the LiDAR square) and both together {PATCH_SIZE} (the patch)"
+                f"a window of {window} pixels with a margin of {margin} on each side does not fit: at most {SQUARE_SIZE} "
+                f"pixels (the LiDAR square), and {PATCH_SIZE} including the margins (the patch), are possible"
             )
         if max_dates < 1:
-            raise InputError(f"max_dates={max_dates} is not a positive number of images")
+            raise InputError(f"max_dates={max_dates} is too small: at least 1 is expected")
         self.patches = list(patches)
         self.training = training
-        self.factor = round(PIXEL / resolution)
+        self.factor = FACTORS[resolution]
         self.resampled = lidar_resolution != resolution
         self.window, self.margin = window, margin
         self.max_dates = max_dates
@@ -207,16 +209,16 @@ class CanopyPatches(Dataset[Sample]):
         return len(self.patches)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (index, epoch): a sampler yields pairs, so that workers that persist know the epoch."""
+        """The sample of (index, epoch); as the sampler yields both, persistent workers know the epoch."""
         return self.sample(*key)
 
     @property
     def tiles(self) -> list[str]:
-        """The tiles of the patches, each once."""
+        """The names of the patches' tiles, sorted."""
         return sorted({tile_of(patch.name) for patch in self.patches})
 
     def any_vegetation(self) -> bool:
-        """Whether some square has tall vegetation: anywhere in training, else in its central window."""
+        """Whether any square has tall vegetation: anywhere in training, else in its central window."""
         if self.training:
             return any((np.load(patch.reference, mmap_mode="r")[1] == 0).any() for patch in self.patches)
         return any(not self.sample(index, 0).no_vegetation.all() for index in range(len(self)))
@@ -226,10 +228,10 @@ class CanopyPatches(Dataset[Sample]):
 
         Args:
             index: of the patch.
-            epoch: from 0; without effect outside training.
+            epoch: from 0; has no effect outside training.
 
         Raises:
-            InputError: the cache has lost the patch.
+            InputError: the patch has been deleted from the cache.
         """
         patch = self.patches[index]
         row, column, dates = self._draw(len(patch.days), np.random.default_rng([self.seed, WINDOWS, epoch, index]))
@@ -259,12 +261,12 @@ class CanopyPatches(Dataset[Sample]):
         )
 
     def _draw(self, dates: int, rng: np.random.Generator) -> tuple[int, int, NDArray[np.int64]]:
-        """Row and column of the window in the square, and positions of its dates, in order."""
+        """Row and column of the window within the square (image pixels), and the indices of the dates, in order."""
         chosen = np.arange(dates)
         if not self.training:
             centre = (SQUARE_SIZE - self.window) // 2
             if dates > self.max_dates:
-                chosen = np.linspace(0, dates - 1, self.max_dates).astype(np.int64)  # truncated, as published
+                chosen = np.linspace(0, dates - 1, self.max_dates).astype(np.int64)  # truncated, as in the published code
             return centre, centre, chosen
         # A margin wider than the border keeps the window away from the edge.
         nearest = max(0, self.margin - BORDER)
@@ -275,7 +277,7 @@ class CanopyPatches(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Join samples, with dates padded to the longest."""
+    """Join samples to a batch, padding dates to the largest number."""
     longest = max(len(sample.days) for sample in samples)
     first = samples[0].images
     images = torch.full((len(samples), longest, *first.shape[1:]), NODATA, dtype=torch.int16)
@@ -303,18 +305,18 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def standardise(images: Tensor, angles: Tensor | None, statistics: Statistics) -> Tensor:
-    """Bands and angles as the network takes them, on the tensors' device.
+    """Make the network's input from bands and angles.
 
-    Reflectance is clipped to 0..15 000, shifted by the median and divided by the scale; missing values are 0 after
-    that. Angles become channels that are constant over the window.
+    Reflectance is clipped to 0..15 000, shifted by the median and divided by the scale; missing values then become 0.
+    Angles become channels that are constant over the window.
 
     Args:
         images: (sample, date, 10, row, column) int16, reflectance x 10 000, `NODATA` where missing.
         angles: (sample, date, 6) float32, or None.
-        statistics: of the bands.
+        statistics: to standardise with.
 
     Returns:
-        (sample, date, 10 or 16, row, column) float32.
+        (sample, date, 10 or 16, row, column) float32, on the device of `images`.
     """
     median, scale = (
         torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
@@ -328,18 +330,18 @@ def standardise(images: Tensor, angles: Tensor | None, statistics: Statistics) -
 
 
 def find_statistics(patches: Sequence[CachedPatch], choice: str, lidar_resolution: float, seed: int) -> Statistics:
-    """Statistics to standardise with.
+    """The published statistics, or those of the training data.
 
     Args:
         patches: the training patches, cached.
-        choice: `published`; `data`, which computes them from training pixels; or `auto`, which computes them only where
-            the data differ from the published ones: where any band's median is more than half its published scale away
-            from its published median.
-        lidar_resolution: of the LiDAR files in m.
-        seed: of the pixels looked at.
+        choice: `published`; `data`, which computes them from training pixels; or `auto`, which computes them only if the
+            data differ from the published ones: if any band's median is further from its published median than half its
+            published scale.
+        lidar_resolution: pixel size of the LiDAR files in m.
+        seed: of the choice of pixels.
 
     Raises:
-        InputError: `choice` is none of these, or the training pixels have no statistics.
+        InputError: `choice` is invalid, or a band or the height has no values to compute statistics from.
     """
     if choice not in ("auto", "published", "data"):
         raise InputError(f"statistics={choice} is not one of auto, published, data")
@@ -362,9 +364,9 @@ def find_statistics(patches: Sequence[CachedPatch], choice: str, lidar_resolutio
 
 
 def _blocks(patch: CachedPatch, rng: np.random.Generator) -> NDArray[np.int16]:
-    """A block of pixels of each image of a patch, at random places: (band, pixel).
+    """A block of pixels from each image of a patch, at random positions: (band, pixel).
 
-    Within the LiDAR square: what lies around it may belong to a square of validation or test.
+    The blocks lie within the LiDAR square, as the surroundings may belong to a validation or test square.
     """
     stack = np.load(patch.images, mmap_mode="r")
     places = rng.integers(BORDER, BORDER + SQUARE_SIZE - BLOCK, (len(stack), 2), endpoint=True)
@@ -373,12 +375,12 @@ def _blocks(patch: CachedPatch, rng: np.random.Generator) -> NDArray[np.int16]:
 
 
 def _median_and_scale(values: NDArray[np.int16], what: str) -> tuple[float, float]:
-    """Median and half the sum of the 5th and the 95th percentile.
+    """Median, and half the sum of the 5th and the 95th percentile.
 
     Raises:
         InputError: there are no values, or the scale is not positive.
     """
     low, median, high = np.percentile(values, (5, 50, 95)) if len(values) else (0.0, 0.0, 0.0)
     if low + high <= 0:
-        raise InputError(f"{what} of the training patches has no values above 0 to standardise with")
+        raise InputError(f"{what} of the training patches has no values above 0 to compute statistics from")
     return float(median), float(low + high) / 2

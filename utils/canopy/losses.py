@@ -2,9 +2,9 @@
 
 Tensors are (sample, 1, row, column). A pixel weighs 1 on tall vegetation and `weight_no_vegetation` elsewhere.
 
-Several processes that share a batch must end in the gradient of the whole batch. What a loss divides by, and the
-percentile of the gradient difference, therefore come from all of them through a `Pool`; the mean of the processes'
-losses, which is what distributed training takes, is then the loss of the whole batch.
+Several processes that share a batch must get the gradient of the whole batch. Denominators and the percentile of the
+gradient difference are therefore computed over all processes, through a `Pool`. The mean of the processes' losses, which
+distributed training minimises, is then the loss of the whole batch.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,22 @@ from torch import Tensor
 
 LOSSES = ("patch_mae+gradient+vegetation", "patch_mae+vegetation", "mae+vegetation")
 GRADIENT_SHARE = 0.33  # weight of the gradient difference in the sum
-TINY = 1e-5
+EPSILON = 1e-5  # added to denominators
 
 
 class Pool(NamedTuple):
-    """How processes that share a batch see it whole.
+    """The processes that share a batch.
 
     Attributes:
-        processes: how many there are.
-        gather: a tensor of each process (one shape) to all of them, joined along the first axis.
+        processes: their number.
+        gather: joins the tensors of all processes, which have one shape, along the first axis.
     """
 
     processes: int = 1
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def share(self, part: Tensor, whole: Tensor) -> Tensor:
-        """The part of a process over the sum of all processes' `whole`, scaled for the mean over processes."""
+        """This process's `part` over the sum of all processes' `whole`, scaled so that the mean over processes is right."""
         return part * self.processes / self.gather(whole.detach().reshape(1)).sum()
 
 
@@ -46,12 +46,12 @@ def pixel_weights(no_vegetation: Tensor, weight_no_vegetation: float) -> Tensor:
 def patch_average_mae(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean absolute error of each sample, then the mean over the samples."""
     errors = ((prediction - target).abs() * weights).flatten(1).sum(1)
-    return (errors / (weights.flatten(1).sum(1) + TINY)).mean()
+    return (errors / (weights.flatten(1).sum(1) + EPSILON)).mean()
 
 
 def pixel_average_mae(prediction: Tensor, target: Tensor, weights: Tensor, pool: Pool = ALONE) -> Tensor:
     """Weighted mean absolute error over all pixels of the batch; 0 where no pixel has weight."""
-    return pool.share(((prediction - target).abs() * weights).sum(), weights.sum().clamp_min(TINY / pool.processes))
+    return pool.share(((prediction - target).abs() * weights).sum(), weights.sum().clamp_min(EPSILON / pool.processes))
 
 
 def percentile_95(values: Tensor, counted: Tensor) -> Tensor:
@@ -69,20 +69,21 @@ def percentile_95(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def weighted_gradient_difference(prediction: Tensor, target: Tensor, weights: Tensor, pool: Pool = ALONE) -> Tensor:
-    """Squared difference of first differences, steep edges of the target weighing most; the mean of both directions.
+    """Squared difference between the spatial gradients of prediction and target, with the highest weights at steep edges.
 
-    A difference between neighbours weighs 0.1 + 0.9 g / (g95 + 1e-5), where g is the target's absolute difference times
-    the weight of the second pixel (the right or lower one), and g95 its 95th percentile over the batch.
+    Gradients are first differences along rows and columns; the result is the mean of both directions. A difference weighs
+    0.1 + 0.9 g / (g95 + 1e-5), where g is the target's absolute difference times the weight of the second pixel (the right
+    or lower one), and g95 is its 95th percentile over the batch.
     """
     parts = []
     for axis in (2, 3):
         second = weights.narrow(axis, 1, weights.shape[axis] - 1)
         steepness = target.diff(dim=axis).abs() * second
         all_second = pool.gather(second)
-        g95 = percentile_95(pool.gather(steepness), all_second > 0).clamp_min(TINY)
-        edge = 0.1 + 0.9 * steepness / (g95 + TINY)
+        g95 = percentile_95(pool.gather(steepness), all_second > 0).clamp_min(EPSILON)
+        edge = 0.1 + 0.9 * steepness / (g95 + EPSILON)
         difference = (prediction.diff(dim=axis) - target.diff(dim=axis)) ** 2
-        parts.append((difference * edge * second).sum() * pool.processes / (all_second.sum() + TINY))
+        parts.append((difference * edge * second).sum() * pool.processes / (all_second.sum() + EPSILON))
     return (parts[0] + parts[1]) / 2
 
 
@@ -100,15 +101,15 @@ def canopy_loss(
     weight_no_vegetation: float,
     pool: Pool = ALONE,
 ) -> Tensor:
-    """The loss called `name`, one of `LOSSES`.
+    """The loss `name` of `LOSSES`.
 
     Args:
         name: its terms, joined by +.
-        height: predicted, standardised.
-        logit: of vegetation.
-        target: standardised height.
+        height: predicted height, standardised.
+        logit: predicted logit of tall vegetation.
+        target: reference height, standardised.
         no_vegetation: True where there is no tall vegetation.
-        weight_no_vegetation: weight of those pixels in the terms of height.
+        weight_no_vegetation: weight of these pixels in the terms that compare heights.
         pool: the processes that share the batch.
     """
     weights = pixel_weights(no_vegetation, weight_no_vegetation)

@@ -1,7 +1,7 @@
 """Metrics of a height map against its LiDAR reference, pooled over all pixels of tall vegetation.
 
-Heights are in metres, tensors (sample, 1, row, column), masks True where there is no tall vegetation. The published
-metrics are means over batches and depend on the batch size; these do not.
+Heights are in metres, tensors (sample, 1, row, column), masks True where there is no tall vegetation. The metrics of the
+published code are means over batches and depend on the batch size; these do not.
 """
 
 import itertools
@@ -32,10 +32,10 @@ from torchmetrics.classification import (
 CLASS_EDGES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)  # metres; the last class is open
 LARGEST_STEP = 100.0  # metres; first differences are clamped to it
 LARGEST_SHIFT = 2  # output pixels
-VALID_SHARE = 0.7  # of a quarter's pixels, for its spectrum to count
+VALID_SHARE = 0.7  # minimum share of valid pixels for the spectrum of a quarter to count
 BIN = 0.5  # metres, of the joint histogram
 BINS = 100
-TINY = 1e-6
+EPSILON = 1e-6  # added to the denominator of the high-frequency power
 
 # Metrics of a test in the order of the report: label, name, unit.
 REPORTED = (
@@ -43,7 +43,7 @@ REPORTED = (
     ("RMSE", "rmse", " m"),
     ("Bias", "bias", " m"),
     ("MAPE", "mape", ""),
-    ("R2", "r2", ""),
+    ("Coefficient of determination (R2)", "r2", ""),
     ("Gradient difference", "gradient_difference", " m2"),
     ("Fine structure", "fine_structure_percent", " %"),
     ("MAE at best shift", "mae_best_shift", " m"),
@@ -62,9 +62,10 @@ def class_names() -> list[str]:
 
 
 def gradient_difference(prediction: Tensor, target: Tensor, no_vegetation: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared differences of first differences where the second pixel is vegetation, summed, and how many.
+    """Sums of squared differences between the spatial gradients of prediction and target, and numbers of pixels.
 
-    The target is 0 where there is no tall vegetation, so that a stand's edge is a step down to the ground.
+    Gradients are first differences along rows and columns, where the second pixel is tall vegetation. The target is 0
+    elsewhere, so the edge of a stand is a step down to the ground.
 
     Returns:
         (2,) sums, in the squared unit of the heights, and (2,) counts, along columns and rows.
@@ -79,10 +80,10 @@ def gradient_difference(prediction: Tensor, target: Tensor, no_vegetation: Tenso
 
 
 def high_frequency_power(heights: Tensor, no_vegetation: Tensor) -> Tensor:
-    """Power of fine structure: of each quarter of each sample with enough valid pixels, (quarter,).
+    """High-frequency power of each quarter of each sample that has enough valid pixels: (quarter,).
 
-    Invalid pixels take the quarter's mean; |FFT| is summed outside the central square of half the width, and divided
-    by the number of valid pixels, once for the transform and once for the sum.
+    Invalid pixels are set to the quarter's mean; |FFT| is summed outside the central square of half the width and divided
+    by the number of valid pixels twice, once for the transform and once for the sum.
     """
     rows, columns = (size // 2 for size in heights.shape[-2:])
     quarters = heights[:, 0].unfold(1, rows, rows).unfold(2, columns, columns).reshape(-1, rows, columns)
@@ -100,10 +101,10 @@ def high_frequency_power(heights: Tensor, no_vegetation: Tensor) -> Tensor:
 
 
 def errors_at_best_shift(prediction: Tensor, target: Tensor, no_vegetation: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of absolute errors of each sample at the shift of up to 2 pixels that makes it smallest, and pixel counts.
+    """Sums of absolute errors of each sample at the shift of up to 2 pixels that minimises them, and numbers of pixels.
 
-    What remains when image and LiDAR are a little out of register. All shifts look at the same reference pixels, those
-    further than the largest shift from the window's edge.
+    This is the error without a misregistration of image and LiDAR. All shifts are compared on the same reference pixels,
+    those further from the window's edge than the largest shift.
 
     Returns:
         (sample,) sums and (sample,) counts of tall-vegetation pixels.
@@ -121,7 +122,7 @@ def errors_at_best_shift(prediction: Tensor, target: Tensor, no_vegetation: Tens
 
 
 def joint_histogram(prediction: Tensor, target: Tensor, no_vegetation: Tensor) -> Tensor:
-    """Pixels by height of the target (row) and of the prediction (column), `BIN` metres a bin; the last one is open."""
+    """Number of pixels by height of target (row) and prediction (column), in bins of `BIN` metres; the last is open."""
     valid = ~no_vegetation
     observed, predicted = ((heights[valid] / BIN).long().clamp(0, BINS - 1) for heights in (target, prediction))
     return torch.bincount(observed * BINS + predicted, minlength=BINS * BINS).view(BINS, BINS)
@@ -139,12 +140,12 @@ def _height_metrics(**options: Any) -> dict[str, Metric]:
 
 
 class CanopyScores:
-    """Collects the metrics of a test or validation, batch by batch and over processes.
+    """Accumulates the metrics of a test or validation over batches and processes.
 
     Args:
-        tiles: names of the tiles that will come.
+        tiles: names of all tiles.
         device: of the batches.
-        pooled: with what other processes collect at the same time.
+        pooled: whether `compute` includes the batches of the other processes.
     """
 
     def __init__(self, tiles: Iterable[str], device: torch.device, pooled: bool = True) -> None:
@@ -169,7 +170,7 @@ class CanopyScores:
     def update(
         self, prediction: Tensor, vegetation: Tensor, target: Tensor, no_vegetation: Tensor, tiles: Sequence[str]
     ) -> None:
-        """Take in a batch: heights in metres, vegetation probability, mask, and the tile of each sample."""
+        """Add a batch: heights in metres, vegetation probability, mask, and the tile of each sample."""
         prediction, target = prediction.clamp_min(0).double(), target.double()
         valid = ~no_vegetation
         self._update_heights("all", prediction[valid], target[valid])
@@ -198,9 +199,9 @@ class CanopyScores:
                 metric.update(*((prediction - target,) if name == "bias" else (prediction, target)))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Metrics of each group: `all`, the height classes, `tile ...`; nan where a group has too few pixels."""
+        """Metrics of each group: `all`, the height classes and `tile ...`; NaN where a group has too few pixels."""
         with warnings.catch_warnings():
-            # A process, or a validation, may have no pixel of a height class.
+            # A process or a validation may have no pixel of a height class.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             result = {}
             for group, metrics in self.heights.items():
@@ -223,8 +224,8 @@ class CanopyScores:
 
 
 def power_variation(prediction: float, reference: float) -> float:
-    """How much more high-frequency power a prediction has than its reference, %."""
-    return 100 * (prediction - reference) / (reference + TINY)
+    """The high-frequency power of a prediction relative to that of its reference, as a difference in %."""
+    return 100 * (prediction - reference) / (reference + EPSILON)
 
 
 def _ratio(part: float, whole: float) -> float:

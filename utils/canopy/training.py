@@ -1,4 +1,4 @@
-"""The state of a training: network, optimiser and progress, its checkpoint, and the weights that it keeps."""
+"""The state of a training (network, optimiser, progress), its checkpoint and the weights that are kept."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +24,14 @@ CHECKPOINT = Path(runs.CHECKPOINT)
 
 @dataclass
 class Progress:
-    """How far a training has got; everything else follows from the seed.
+    """The progress of a training; random draws depend on it and the seed only.
 
     Attributes:
         step: optimiser steps done.
         best: loss and step of the best validations, best first.
-        without_better: validations since the best.
-        validations: a record each: step, epoch, loss_train, loss_val and metrics.
-        seconds: of training, over all sessions.
+        without_better: validations since the best one.
+        validations: a record of each: step, epoch, loss_train, loss_val and metrics.
+        seconds: training time, including that before a restart.
     """
 
     step: int = 0
@@ -51,18 +51,18 @@ class Progress:
 
 
 class TrainingState:
-    """Network, optimiser and progress, resumed from the checkpoint where the working directory has one.
+    """Network, optimiser and progress, resumed if the working directory has a checkpoint.
 
     Args:
         fabric: the processes.
         module: the network.
         optimizer: of its parameters.
-        identity: what a run must have in common with the checkpoint that it resumes from: flags and digests of data.
-        record: what users of the weights need to know.
+        identity: flags and data digests, in which a run must agree with the checkpoint that it resumes from.
+        record: metadata of the weights.
 
     Attributes:
-        module: the network as it was given, whose parameters are saved.
-        net: the network as the processes train it.
+        module: the network itself, whose state is saved.
+        net: the network as wrapped by Fabric, which is trained.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TrainingState:
                 path.unlink()
 
     def write_weights(self, path: Path) -> None:
-        """Write the weights as they are, with all that is needed to use them."""
+        """Write the current weights, with the metadata needed to use them."""
         record = {**self.record, "step": self.progress.step, "versions": versions()}
         write_tensors(path, self.module.state_dict(), record)
 
@@ -117,7 +117,7 @@ class TrainingState:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def summary(self) -> dict[str, Any]:
-        """The training's entries in a document of results."""
+        """The training's entries in `metrics.json`."""
         progress = self.progress
         return {
             "params": self.params,
@@ -128,14 +128,14 @@ class TrainingState:
         }
 
     def finish(self) -> None:
-        """Remove the checkpoint and give the best weights their final names: nothing is left to resume."""
+        """Remove the checkpoint, as there is nothing left to resume, and give the best weights their final names."""
         CHECKPOINT.unlink(missing_ok=True)
         for name, (_, step) in zip(("best", "second_best"), self.progress.best, strict=False):
             weights_after(step).replace(MODELS / f"{name}.safetensors")
 
 
 def weights_after(step: int) -> Path:
-    """Path of the weights of a validation while training goes on."""
+    """Path of the weights of a validation during training."""
     return MODELS / f"step_{step:07d}.safetensors"
 
 
@@ -148,9 +148,9 @@ def validation_due(step: int, steps_per_epoch: int, validations_per_epoch: float
 def batches_from(
     squares: int, first_step: int, rank: int, processes: int, *, batch_size: int, accumulate: int, epochs: int, seed: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """(index, epoch) of the samples of each batch from a step on, those of one of the processes that share it.
+    """Yield (index, epoch) of the samples of each batch from a step on, those of one of the processes that share it.
 
-    Squares that do not fill a step are left out of the epoch.
+    An epoch leaves out the squares that do not fill a whole optimiser step.
     """
     per_epoch, share = squares // (batch_size * accumulate), batch_size // processes
     for epoch in range(first_step // per_epoch, epochs):
@@ -162,7 +162,7 @@ def batches_from(
 
 
 def what_to_lower(flags: Mapping[str, Any], images: Tensor, device: torch.device) -> str:
-    """Advice for an out-of-memory error: what did not fit, and the flags that reduce it."""
+    """What did not fit, and the flags that reduce it, for the message about running out of memory."""
     windows, dates, _, side, _ = images.shape
     return (
         f"on {device} with {windows} windows of {side} x {side} pixels and {dates} dates a process; lower "
@@ -172,11 +172,11 @@ def what_to_lower(flags: Mapping[str, Any], images: Tensor, device: torch.device
 
 
 def refuse_diverged_loss(loss: float, batches: Sequence[tuple[Sequence[str], Tensor, Tensor]], step: int) -> None:
-    """Refuse a loss that is not finite, naming the samples whose predictions are not.
+    """Stop at a loss that is not finite, naming the samples whose predictions are not.
 
     Args:
         loss: of the step, over all processes.
-        batches: of this process: names of the samples, loss, and whether each sample's predictions are finite.
+        batches: those of this process: names of the samples, loss, and whether each sample's predictions are finite.
         step: number of the step.
 
     Raises:
@@ -187,15 +187,15 @@ def refuse_diverged_loss(loss: float, batches: Sequence[tuple[Sequence[str], Ten
     for names, one, finite in batches:
         if not math.isfinite(float(one)):
             bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine] or names
-            raise InputError(f"the loss of step {step} is not finite, at {', '.join(bad)}; a lower lr is needed")
-    raise InputError(f"the loss of step {step} is not finite in another process; a lower lr is needed")
+            raise InputError(f"the training diverged: the loss of step {step} is not finite, at {', '.join(bad)}; lower lr")
+    raise InputError(f"the training diverged: the loss of step {step} is not finite in another process; lower lr")
 
 
 def refuse_diverged_heights(heights: Tensor, names: Sequence[str]) -> None:
-    """Refuse predictions of samples that are not finite.
+    """Stop at predictions that are not finite.
 
     Raises:
-        InputError: one is not.
+        InputError: some heights are not finite.
     """
     if not bool(torch.isfinite(heights).all()):
-        raise InputError(f"heights of {', '.join(names)} are not finite, the training diverged; a lower lr is needed")
+        raise InputError(f"the training diverged: heights predicted for {', '.join(names)} are not finite; lower lr")

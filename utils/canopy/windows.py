@@ -23,17 +23,17 @@ def write_windows(
     nodata: float,
     note: str = "",
 ) -> None:
-    """Write the windows of a batch, a file `<tile>_<patch>.tif` each.
+    """Write the windows of a batch, one file `<tile>_<patch>.tif` each.
 
     Args:
-        folder: where to.
+        folder: of the files.
         names: tile/patch of each window.
         corners: (sample, 2), easting and northing of their upper-left corners.
         maps: height, vegetation, reference and no_vegetation of `write_window`, (sample, 1, row, column) each.
-        crs: of each tile.
-        resolution: m.
-        nodata: in the files.
-        note: a tag of the files, if any.
+        crs: coordinate system of each tile.
+        resolution: pixel size, m.
+        nodata: nodata value.
+        note: text for the files' tag `note`, if any.
     """
     for row, name in enumerate(names):
         tile, _, patch = name.partition("/")
@@ -61,19 +61,19 @@ def write_window(
     nodata: float,
     note: str = "",
 ) -> None:
-    """Write a window's prediction, reference and error as a GeoTIFF of four bands, whole.
+    """Write a window's prediction, reference and error as a GeoTIFF of four bands, completely or not at all.
 
     Args:
-        path: the file.
-        height: (row, column), predicted, m.
-        vegetation: (row, column), probability.
+        path: of the file.
+        height: (row, column), predicted height, m.
+        vegetation: (row, column), predicted probability of tall vegetation.
         reference: (row, column), m, 0 where there is no tall vegetation.
-        no_vegetation: (row, column), True where the error is nodata.
+        no_vegetation: (row, column), True where there is no tall vegetation; the error is nodata there.
         corner: easting and northing of the upper-left corner.
-        resolution: m.
-        crs: of the corner.
-        nodata: in the file.
-        note: a tag of the file, if any.
+        resolution: pixel size, m.
+        crs: coordinate system.
+        nodata: nodata value.
+        note: text for the file's tag `note`, if any.
     """
     error = np.where(no_vegetation, nodata, height - reference)
     bands = {"height (m)": height, "vegetation (probability)": vegetation, "reference (m)": reference, "error (m)": error}
