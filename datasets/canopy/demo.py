@@ -1,26 +1,27 @@
-"""Two simulated canopy-height tiles: files, names, tables and units of the real ones, none of their values.
+"""Two simulated canopy-height tiles with the files, names, tables and units of the real ones, but none of their values.
 
-The real data are years of Sentinel-2 images around 1 km squares of airborne LiDAR in France (THREASURE-Net, Kalinicheva
-et al. 2026, Remote Sensing of Environment). This module draws landscapes of the Massif Central's kind and what the two
-instruments see of them, so that every operation can be tried and tested without the real data. All constants are round
+The real data are Sentinel-2 images of a year around 1 km squares of airborne LiDAR in France (THREASURE-Net, Kalinicheva
+et al. 2026, Remote Sensing of Environment). This module simulates landscapes like those of the Massif Central and what the
+two instruments see of them, so that every operation can be tried and tested without the real data. All constants are round
 numbers chosen by hand for the right order of magnitude. In the order of the code:
 
-1. Acquisitions. The dates of a tile share the sun (from latitude and day), the view (two orbits), clouds, haze and, now
-   and then, the edge of the orbit.
-2. Landscape. Parcels (cells about random points, with wavy borders) are forest, clearing, meadow, crop or lake; a road
-   and hedges cross them. A forest stand has one or two species, an age, a density, gaps. Its height follows from age
-   and species (Richards 1959, Journal of Experimental Botany 10), and every tree is drawn: older trees are fewer and
-   have wider crowns (Reineke 1933, Journal of Agricultural Research 46), conifers are cones, broadleaves domes.
-3. LiDAR. The canopy's surface at 1 m in decimetres, with its mask of tall vegetation.
-4. Reflectance at 2 m. Leaf area saturates within the first metres of growth, so that colour tells little of tall
-   stands. Above that, height shows as relief: the sun of the date casts shadows of length height / tan(elevation), in
-   the crown's own lee, into gaps and over the stand's northern edge (Li and Strahler 1985, IEEE TGRS 23). Leafless
-   crowns shade less. The shade is not black: sky light in the blue, scattering between leaves in the near infrared.
-5. Sensor. A point spread wider than the pixel mixes neighbours, more so in the bands of 20 m; then atmosphere,
-   clouds, their shadows, noise.
+1. Acquisitions. All images of a tile and date share the sun (from latitude and day), the view (one of two orbits), clouds,
+   haze and, occasionally, the edge of the orbit.
+2. Landscape. Parcels (Voronoi cells of random points, with wavy borders) are forest, clearing, meadow, crop or lake; a road
+   and hedges run through them. A forest stand has one or two species, an age, a density and gaps. Its height follows from
+   age and species (Richards 1959, Journal of Experimental Botany 10), and every tree is drawn: older trees are fewer and
+   have wider crowns (Reineke 1933, Journal of Agricultural Research 46); conifers are cones, broadleaves domes.
+3. LiDAR. The surface of the canopy at 1 m in decimetres, with its mask of tall vegetation.
+4. Reflectance at 2 m. Leaf area saturates within the first metres of growth, so colour says little about tall stands.
+   Above that, height shows as relief: the sun casts shadows of length height / tan(elevation) on the far side of a crown,
+   into gaps and over the northern edge of a stand (Li and Strahler 1985, IEEE TGRS 23). Leafless crowns cast less shade.
+   Shade is not black, owing to sky light in the blue and scattering between leaves in the near infrared.
+5. Sensor. A point spread function wider than the pixel mixes neighbours, more so in the bands of 20 m; atmosphere, clouds,
+   cloud shadows and noise follow.
 
-What a pixel lacks its surroundings hold: trees differ in colour, so a stand's mean and its grain say more than one
-pixel; shadows fall beside what casts them; the point spread carries edges over. And part of height is seen nowhere.
+The surroundings of a pixel say what the pixel alone does not: trees differ in colour, so the mean and the texture of a stand
+are more informative; shadows fall beside the trees that cast them; and the point spread function blurs edges. Part of the
+variation in height is not visible at all.
 """
 
 import shutil
@@ -51,9 +52,9 @@ Reals = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-SIMULATION = 3  # to be raised with every change of what is drawn: finished folders carry it in their name
+SIMULATION = 3  # version, part of the folder's name: raise it with every change of the files
 
-# Layout. Squares lie on a grid two kilometres wide, so that no patch of 1.5 km meets another.
+# Layout. Squares lie on a 2 km grid, so that patches of 1.5 km do not overlap.
 TILES = {"31TDL": (640, 6504), "31TEL": (740, 6512)}  # km of the first square's upper-left corner, Lambert-93
 CONTEXT_OF_SQUARE = ("training",) * 8 + ("validation",) * 2 + ("test",) * 2
 SMALL_CONTEXT_OF_SQUARE = ("training",) * 2 + ("validation", "test")
@@ -61,37 +62,37 @@ SQUARES_PER_ROW = 5
 STEP_KM = 2
 DATES, SMALL_DATES = 20, 9
 YEAR = 2023
-LIDAR_DATES = (date(2023, 6, 13), date(2023, 7, 4))  # a tile each
+LIDAR_DATES = (date(2023, 6, 13), date(2023, 7, 4))  # by tile
 SQUARE, PATCH = round(SQUARE_SIZE * PIXEL), round(PATCH_SIZE * PIXEL)  # m
-FRINGE = 100  # m beyond the patch, for shadows and point spread that reach into it
-CROP = 640  # m, the middle of a square
+FRINGE = 100  # m beyond the patch, whose shadows and point spread reach into it
+CROP = 640  # m, centre of a square, in which the mask table counts vegetation
 SIDE = PATCH + 2 * FRINGE  # m
 CELL = 2  # m, pixels of the reflectance before the sensor
 CELLS = SIDE // CELL
-COARSE_FRINGE = 5  # pixels around the patch that the bands of 20 m see
+COARSE_FRINGE = 5  # pixels around the patch that the point spread of the 20 m bands covers
 NO_HEIGHT = -1
 
-COARSE_BANDS = np.array([3, 4, 5, 7, 8, 9])  # sensed at 20 m, the others at 10 m
+COARSE_BANDS = np.array([3, 4, 5, 7, 8, 9])  # 20 m bands, the others have 10 m
 
 # Sun and view.
 LATITUDE = 45.6  # degrees north
-HOUR_ANGLE = -15.0  # degrees: the satellite passes at eleven, solar time
+HOUR_ANGLE = -15.0  # degrees: the satellite passes at 11:00 solar time
 TILT = 23.44  # degrees, of the Earth's axis
-ORBIT_VIEWS = ((4.0, 104.0), (8.5, 286.0))  # view zenith and azimuth, degrees, of two orbits that overlap
-FORWARD_DARKENING = 0.5  # brightness lost per tan(view zenith) opposite to the sun, gained before it
+ORBIT_VIEWS = ((4.0, 104.0), (8.5, 286.0))  # view zenith and azimuth, degrees, of two overlapping orbits
+FORWARD_DARKENING = 0.5  # relative loss of brightness per tan(view zenith) facing the sun; gain with the sun behind
 
 # Clouds and atmosphere.
-CLOUD_WAVES = 80  # waves that a cloud field is made of
+CLOUD_WAVES = 80  # number of waves that make up a cloud field
 SMALLEST_CLOUD, LARGEST_CLOUD = 0.3, 6.0  # km, lengths of those waves
-CLOUD_BASE = 1.2  # km above ground: with the sun's zenith, how far a cloud's shadow lies
-CLOUD_EDGE = 0.06  # change of the field, in its sd, that makes a cloud e times denser: some 50 m
-DETECTED = 0.2  # opacity from which the mask has a cloud; thinner ones stay in the image unseen
-SHADOW_LOSS = 0.55  # share of reflectance under an opaque cloud
+CLOUD_BASE = 1.2  # km above ground; with the sun zenith, it determines the distance between a cloud and its shadow
+CLOUD_EDGE = 0.06  # softness of cloud edges, in standard deviations of the field: some 50 m
+DETECTED = 0.2  # opacity from which the mask marks a cloud; thinner clouds go undetected
+SHADOW_LOSS = 0.55  # share of reflectance lost in the shadow of an opaque cloud
 HAZE = np.array([60, 45, 30, 20, 12, 10, 10, 8, 6, 5])  # reflectance x 10 000, sd between images
 GAIN_NOISE = 0.02  # relative, sd between images, each band alone
-FINE_BLUR = 4.5  # m, sd of the point spread of bands of 10 m, beside the pixel's square
-COARSE_BLUR = 5.0  # m, sd of what the bands of 20 m add to it
-TRACK_SLOPE = 0.2  # east per north, of the orbit's edge
+FINE_BLUR = 4.5  # m, sd of the point spread of the 10 m bands, in addition to the pixel's square
+COARSE_BLUR = 5.0  # m, sd of the additional point spread of the 20 m bands
+TRACK_SLOPE = 0.2  # easting per northing of the orbit's edge
 PIXEL_NOISE = 0.01  # relative, sd
 DARK_NOISE = 12.0  # reflectance x 10 000, sd
 
@@ -103,8 +104,8 @@ class Species(NamedTuple):
     evergreen: bool
     final_height: float
     growth: float  # 1/year, of Richards' curve
-    crown: float  # crown radius per height
-    edge: float  # height of the crown's rim relative to its top
+    crown: float  # crown radius relative to height
+    edge: float  # height of the crown's rim relative to that of its top
     shape: float  # 1 a cone, 2 a dome
     leaf_out: float  # day of the year
     leaf_fall: float
@@ -118,7 +119,7 @@ SPECIES = (
     Species("spruce", True, 33.0, 0.032, 0.090, 0.62, 1.0, 0.0, 0.0),
     Species("Scots pine", True, 26.0, 0.030, 0.115, 0.75, 1.5, 0.0, 0.0),
 )
-RICHARDS_SHAPE = 1.4  # slow start of young trees
+RICHARDS_SHAPE = 1.4  # exponent; above 1, young trees start slowly
 OAK, BEECH = 0, 1
 
 # Materials: the leaves of each species, then the ground.
@@ -139,7 +140,7 @@ LEAVES = np.array(
     ]
 )
 AUTUMN_LEAVES = np.array([400, 750, 1000, 1600, 2800, 3300, 3500, 3700, 2700, 1400])
-# Bare crowns, and what is seen between their twigs.
+# Leafless crowns, and the ground below.
 TWIGS = np.array([550, 700, 850, 1250, 1750, 1950, 2100, 2250, 2500, 1700])
 LITTER = np.array([450, 620, 800, 1150, 1600, 1800, 1950, 2150, 2600, 1800])
 FERNS = np.array([350, 700, 400, 1100, 2900, 3500, 3700, 3850, 2200, 1150])
@@ -150,41 +151,41 @@ SOIL = np.array([800, 1100, 1400, 1800, 2100, 2300, 2450, 2600, 3300, 2700])
 ASPHALT = np.array([1100, 1300, 1450, 1600, 1750, 1850, 1950, 2000, 2300, 2100])
 LAKE = np.array([350, 400, 250, 220, 180, 160, 150, 140, 90, 60])
 CLOUD = np.array([5500, 5500, 5600, 5700, 5800, 5900, 6000, 6000, 4200, 3200])
-# What shade keeps of the light: blue sky above, scattering between leaves in the near infrared.
+# Share of the light that is left in shade, from the blue sky and from scattering between leaves in the near infrared.
 SHADE_LIGHT = np.array([0.35, 0.28, 0.22, 0.22, 0.38, 0.42, 0.42, 0.42, 0.22, 0.16])
 
 # Leaves and shadows.
 LEAF_AREA = 5.5  # m2/m2 of a tall tree
-LEAF_AREA_HEIGHT = 5.0  # m of growth until 63 % of it
-DARKENING = 0.5  # share of a tall crown's light lost between branches and clumps of leaves
-DARKENING_HEIGHT = 20.0  # m of growth until 63 % of it
-EXTINCTION = 0.5  # of light by leaf area (Monsi and Saeki 1953)
-LEAF_WIDTH = 5.0  # days, of leafing out; falling takes twice that
+LEAF_AREA_HEIGHT = 5.0  # m, height at which 63 % of it is reached
+DARKENING = 0.5  # share of light that a tall crown loses between branches and clumps of leaves
+DARKENING_HEIGHT = 20.0  # m, height at which 63 % of it is reached
+EXTINCTION = 0.5  # coefficient of light extinction by leaf area (Monsi and Saeki 1953)
+LEAF_WIDTH = 5.0  # days, time scale of leaf-out; leaf fall takes twice as long
 CROWN_OPACITY = 0.9
 TWIG_OPACITY = 0.35  # of leafless crowns
-SHADE_DEPTH = 2.0  # m below a shadow's upper limit where it is full: crowns let some sun through their tops
+SHADE_DEPTH = 2.0  # m below the upper limit of a shadow at which it is full, as the tops of crowns let some sun through
 
 # Parcels and stands.
 PARCEL_SIZE = 105.0  # m
-BORDER_WAVES = 25.0  # m, sd of the borders' departure from straight lines
-OPEN_LAND, WOODED = 0.0, 0.7  # share of forest parcels in a square of fields and in the others
+BORDER_WAVES = 25.0  # m, sd of the deviation of borders from straight lines
+OPEN_LAND, WOODED = 0.0, 0.7  # share of forest parcels in the square of fields and in all others
 CLEARINGS = 0.12  # share of the forest parcels
 YOUNGEST, OLDEST = 10.0, 130.0  # years, of a stand
-OPENNESS = 0.3  # share of trees that the most open stands lack
+OPENNESS = 0.3  # share of trees missing in the most open stands
 CROWN_SPACING = 1.4  # spacing of trees in crown radii: the crowns of closed stands overlap
 TREE_COLOUR = 0.3  # sd of the logarithm of a tree's brightness
 GROUND_COLOUR = 0.10  # sd of the logarithm of the ground's brightness, over tens of metres
-HEDGES = 0.25  # share of the borders between fields
+HEDGES = 0.25  # share of the borders between fields that have one
 ROAD_WIDTH = 7.0  # m
 LIDAR_NOISE = 0.2  # m, sd
-TREE_BITS = 32  # of a surface's number, for the tree
+TREE_BITS = 32  # bits for the tree in the integers of the surface, above which is the height
 
-# Random streams of a tile, beside the numbers of its squares.
+# Random streams of a tile, in addition to those numbered by its squares.
 DATE_STREAM, CLOUD_STREAM, TABLE_STREAM = 100, 101, 102
 
 
 class Acquisition(NamedTuple):
-    """What the images of one date and tile share; angles in degrees, azimuths clockwise from north."""
+    """What the images of a tile and date have in common; angles in degrees, azimuths clockwise from north."""
 
     day: int  # of the year, from 0
     sensor: str
@@ -196,7 +197,7 @@ class Acquisition(NamedTuple):
     haze: Reals  # (band,) reflectance x 10 000
     cloud_cover: float  # share of the tile
     cloud_seed: tuple[int, ...]
-    last_easting: float  # km, where the orbit ends
+    last_easting: float  # km, edge of the orbit
 
 
 class Square(NamedTuple):
@@ -217,7 +218,7 @@ class Square(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What it takes to make a patch."""
+    """The arguments for making a patch."""
 
     root: Path
     square: Square
@@ -225,7 +226,7 @@ class Task(NamedTuple):
 
 
 class Trees(NamedTuple):
-    """Trees, one an entry: (tree,) each. Metres from the landscape's upper-left corner."""
+    """Arrays of trees, (tree,) each. Positions and heights in metres, from the landscape's upper-left corner."""
 
     column: Reals
     row: Reals
@@ -234,7 +235,7 @@ class Trees(NamedTuple):
 
 
 class Landscape(NamedTuple):
-    """What stands where, of a patch and its border."""
+    """The landscape of a patch and its fringe."""
 
     height: Floats  # (row, column) at 1 m: pH95 in metres
     ground: Ints  # (row, column) at 2 m: the material under crowns
@@ -244,7 +245,7 @@ class Landscape(NamedTuple):
 
 
 class Sky(NamedTuple):
-    """Clouds, their shadows and what lies beyond the orbit's edge, of an image: (row, column) each."""
+    """Clouds, cloud shadows and the area beyond the orbit's edge in an image: (row, column) each."""
 
     cloud: Reals  # opacity
     shadow: Reals  # opacity of the cloud that casts it
@@ -252,7 +253,7 @@ class Sky(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a patch adds to the tables of its tile."""
+    """The rows of a patch in the tables of its tile."""
 
     images: list[dict[str, Any]]
     angles: list[dict[str, Any]]
@@ -260,20 +261,20 @@ class Rows(NamedTuple):
 
 
 def demo_root(folder: Path, seed: int = 2024, small: bool = False, processes: int | None = None) -> Path:
-    """Make the simulated tiles, or find them made: whole or not at all.
+    """Simulate the tiles, completely or not at all, unless they exist.
 
-    Two tiles with 8 training, 2 validation and 2 test squares each, 20 dates in 2023. In the first training square of a
-    tile, fields leave too little tall vegetation for use; some images are too cloudy or cut by the orbit's edge; one a
-    tile has no row of angles.
+    There are two tiles with 8 training, 2 validation and 2 test squares each, and 20 dates in 2023. The first training
+    square of each tile is all fields and has too little tall vegetation to be used; some images are too cloudy or cut by
+    the edge of the orbit; one image of each tile has no row of angles.
 
     Args:
-        folder: Where the root is made; several roots (seeds, sizes, versions of the simulation) lie side by side.
+        folder: Parent of the tiles' folder; those of several seeds, sizes and versions lie side by side.
         seed: Seed of every random number; the same seed gives the same files.
-        small: One tile of 2 training, 1 validation and 1 test square with 9 dates, all squares usable.
-        processes: How many work at once (as many as there are processor cores when None); the files do not depend on it.
+        small: Make one tile of 2 training, 1 validation and 1 test square with 9 dates, all squares usable.
+        processes: Number of processes, that of the processor cores if None; the files do not depend on it.
 
     Returns:
-        The root: `patches`, `lidar`, `lidar_mask` and `angles` in the layout of the real data.
+        The tiles' folder, with `patches`, `lidar`, `lidar_mask` and `angles` in the layout of the real data.
 
     Raises:
         InputError: the folder cannot be written.
@@ -286,11 +287,11 @@ def demo_root(folder: Path, seed: int = 2024, small: bool = False, processes: in
         beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=folder))
         try:
             _simulate(beside, seed, small, processes)
-            beside.chmod(0o755)  # a temporary folder is its owner's alone
+            beside.chmod(0o755)  # temporary folders are accessible to their owner only
             try:
                 beside.rename(root)
             except OSError:
-                if not root.exists():  # else another process came first: its files are the same
+                if not root.exists():  # otherwise another process was faster, with the same files
                     raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -318,11 +319,11 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
 
 
 def _make_patches(tasks: list[Task], processes: int) -> Iterator[Rows]:
-    """Make all patches, in order whoever makes them: each has a seed of its own."""
+    """Make all patches and return their rows in order; each has its own seed."""
     if processes == 1:
         yield from map(_make_patch, tasks)
         return
-    # Not forked: libraries loaded here may hold threads, which a fork would leave half alive.
+    # Spawned, since libraries loaded here may have started threads, which do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_make_patch, tasks)
 
@@ -338,7 +339,7 @@ def _place_square(tile: int, position: int, context: str, seed: int, small: bool
 
 
 def _draw_acquisitions(squares: list[Square], seed: tuple[int, int], count: int) -> list[Acquisition]:
-    """Draw what the images of a tile share: a year of dates in order."""
+    """Draw the acquisitions of a tile in a year, ordered by date."""
     rng = np.random.default_rng((*seed, DATE_STREAM))
     days = np.rint(np.linspace(6, 356, count) + rng.uniform(-4, 4, count)).astype(int)
     cover = rng.uniform(0.0, 0.02, count)
@@ -370,9 +371,9 @@ def _draw_acquisitions(squares: list[Square], seed: tuple[int, int], count: int)
 
 
 def sun_angles(day: int) -> tuple[float, float]:
-    """Zenith and azimuth of the sun at the satellite's pass, degrees to one decimal, by day of the year (from 0).
+    """Zenith and azimuth of the sun at the time of acquisition, in degrees to one decimal; `day` of the year from 0.
 
-    Spherical astronomy with a circular orbit: right to about a degree.
+    Spherical astronomy with a circular orbit, accurate to about one degree.
     """
     declination = np.deg2rad(-TILT * np.cos(2 * np.pi * (day + 11) / 365))
     latitude, hour = np.deg2rad(LATITUDE), np.deg2rad(HOUR_ANGLE)
@@ -383,14 +384,14 @@ def sun_angles(day: int) -> tuple[float, float]:
 
 
 def _draw_landscape(forest_share: float, rng: np.random.Generator) -> Landscape:
-    """Draw parcels, trees and ground of a patch and its border."""
+    """Draw parcels, trees and ground of a patch and its fringe."""
     parcels, kinds = _draw_parcels(forest_share, rng)
     road = _road_distance(rng)
     trees = _draw_trees(parcels, kinds, road, rng)
     ground = np.where(road < ROAD_WIDTH / 2, ROAD, kinds[parcels])
     surface = _draw_crowns(trees, rng)
     height = ((surface >> TREE_BITS) / 100).astype(np.float32)
-    # The surface at 2 m is that of the highest tree in each cell.
+    # At 2 m, each cell shows its highest tree.
     cells = surface.reshape(CELLS, CELL, CELLS, CELL).max(axis=(1, 3))
     top, tallest = ((cells >> TREE_BITS) / 100).astype(np.float32), cells & (2**TREE_BITS - 1)
     evergreen = np.array([species.evergreen for species in SPECIES])[trees.species[tallest]]
@@ -407,7 +408,7 @@ def _draw_parcels(forest_share: float, rng: np.random.Generator) -> tuple[Ints, 
     """Parcel of each 2 m cell (row, column), and each parcel's ground (parcel,); FLOOR is forest, SCRUB a clearing."""
     count = round((SIDE / PARCEL_SIZE) ** 2)
     seeds = rng.uniform(0, SIDE, (count, 2))
-    # Forest comes in blocks: parcels are ranked by a field much wider than they are.
+    # Forest comes in blocks: parcels are ranked by a field that varies over longer distances than their size.
     wooded = _smooth_noise(500.0, rng)[tuple((seeds // CELL).astype(int).T)] + 0.6 * rng.normal(size=count)
     forest = wooded > np.quantile(wooded, 1 - forest_share)
     kinds = np.where(
@@ -415,7 +416,7 @@ def _draw_parcels(forest_share: float, rng: np.random.Generator) -> tuple[Ints, 
         np.where(rng.random(count) < CLEARINGS, SCRUB, FLOOR),
         rng.choice([MEADOW, WHEAT, MAIZE, WATER], count, p=[0.45, 0.25, 0.25, 0.05]),
     )
-    # Borders need no finer grid than every second cell.
+    # A grid of every second cell is fine enough for borders.
     centres = (np.indices((CELLS, CELLS))[:, ::2, ::2].reshape(2, -1).T + 1.0) * CELL
     waves = np.stack([_smooth_noise(60.0, rng)[::2, ::2].ravel() for _ in range(2)], axis=1)
     _, parcels = KDTree(seeds).query(centres + BORDER_WAVES * waves)
@@ -433,7 +434,7 @@ def _road_distance(rng: np.random.Generator) -> Reals:
 
 
 def _draw_trees(parcels: Ints, kinds: Ints, road: Reals, rng: np.random.Generator) -> Trees:
-    """Plant stands, clearings and hedges; the road is kept free."""
+    """Plant stands, clearings and hedges, and keep the road free."""
     gaps = _smooth_noise(30.0, rng)
     stands = []
     for parcel, window in enumerate(ndimage.find_objects(parcels + 1)):
@@ -445,7 +446,7 @@ def _draw_trees(parcels: Ints, kinds: Ints, road: Reals, rng: np.random.Generato
 
 
 def _draw_stand(inside: Bools, window: tuple[slice, slice], gaps: Reals, young: bool, rng: np.random.Generator) -> Trees:
-    """Plant a parcel, given its cells and the noise of its gaps within a window of 2 m cells."""
+    """Plant a parcel, given its cells and the noise that makes gaps, both within a window of 2 m cells."""
     main, second = rng.integers(len(SPECIES), size=2)
     second_share = 0.4 if rng.random() < 0.3 else 0.05
     age = rng.uniform(2.0, 9.0) if young else YOUNGEST + (OLDEST - YOUNGEST) * rng.beta(1.2, 1.8)
@@ -466,13 +467,13 @@ def _draw_stand(inside: Bools, window: tuple[slice, slice], gaps: Reals, young: 
     row, column = row[grows] + window[0].start * CELL, column[grows] + window[1].start * CELL
 
     species = np.where(rng.random(row.size) < second_share, second, main)
-    # Crowding holds trees back more than it lets any rise above the rest.
+    # Competition suppresses trees more than it lets any grow above the others.
     height = site * _grown_height(age, species) * np.exp(spread * np.minimum(rng.normal(size=row.size), 0.8))
     return Trees(column, row, height, species)
 
 
 def _grown_height(age: float, species: Any) -> Any:
-    """Height of trees, metres, by Richards' curve."""
+    """Height of trees in metres at an age, by Richards' curve."""
     final = np.array([kind.final_height for kind in SPECIES])[species]
     growth = np.array([kind.growth for kind in SPECIES])[species]
     return final * (1.0 - np.exp(-growth * age)) ** RICHARDS_SHAPE
@@ -509,7 +510,7 @@ def _draw_crowns(trees: Trees, rng: np.random.Generator) -> Ints:
     reach = int(np.ceil(radius.max(initial=0.0)))
     for down in range(-reach, reach + 1):
         for right in range(-reach, reach + 1):
-            # Only the widest crowns reach pixels that far from the tree's own.
+            # Only the widest crowns extend to pixels that far from the tree.
             nearest = np.hypot(max(abs(down) - 0.5, 0), max(abs(right) - 0.5, 0))
             wide = slice(np.searchsorted(-radius, -nearest))
             pixel_row, pixel_column = np.floor(row[wide]) + down, np.floor(column[wide]) + right
@@ -524,7 +525,7 @@ def _draw_crowns(trees: Trees, rng: np.random.Generator) -> Ints:
 
 
 def _with_low_vegetation(height: Floats, ground: Ints, rng: np.random.Generator) -> Floats:
-    """Heights at 1 m with the roughness of crowns, and shrubs, grass and crops between them, metres: (row, column)."""
+    """Heights at 1 m, in metres, with rough crowns, and shrubs, grass and crops between them: (row, column)."""
     shrubs = _smooth_noise(12.0, rng)
     low = np.select(
         [(ground == FLOOR) | (ground == SCRUB), ground == MEADOW, ground == WHEAT, ground == MAIZE],
@@ -552,7 +553,7 @@ def _materials(ground: Ints, parcels: Ints, top: Reals, tallest: Ints, trees: Tr
 
 
 def _smooth_noise(size: float, rng: np.random.Generator) -> Reals:
-    """Standard normal noise at 2 m that varies over `size` metres: (row, column)."""
+    """Standard normal noise at 2 m with a correlation length of `size` metres: (row, column)."""
     cell = size / CELL
     centres = np.arange(CELLS)[:, None] / cell
     weights = np.exp(-2.0 * (centres - np.arange(-2, int(CELLS / cell) + 4)) ** 2)
@@ -561,13 +562,13 @@ def _smooth_noise(size: float, rng: np.random.Generator) -> Reals:
 
 
 def _spectra(day: int) -> Reals:
-    """Sunlit reflectance x 10 000 of the materials on a day: (material, band)."""
+    """Reflectance x 10 000 of the sunlit materials on a day: (material, band)."""
     leaves = []
     for species, spectrum in zip(SPECIES, LEAVES, strict=True):
         leaf = _leaf_share(species, day)
         turned = 0.0 if species.evergreen else 0.8 * special.expit((day - species.leaf_fall + 12.0) / LEAF_WIDTH)
         leaves.append(leaf * ((1 - turned) * spectrum + turned * AUTUMN_LEAVES) + (1 - leaf) * TWIGS)
-    # Green shares. Meadows fade after the cut, wheat ripens by July, maize closes in June and is cut in September.
+    # Shares of green. Meadows fade after mowing, wheat ripens by July, maize closes in June and is harvested in September.
     summer = special.expit((day - 125.0) / 10.0) - special.expit((day - 285.0) / 12.0)
     meadow = 0.4 + 0.6 * (special.expit((day - 95.0) / 12.0) - 0.35 * special.expit((day - 190.0) / 10.0))
     wheat = 0.25 + 0.7 * special.expit((day - 80.0) / 10.0) - 0.9 * special.expit((day - 182.0) / 7.0)
@@ -585,7 +586,7 @@ def _spectra(day: int) -> Reals:
 
 
 def _leaf_share(species: Species, day: int) -> float:
-    """Share of the leaves that are on the tree."""
+    """Share of the leaves that are on the tree on a day."""
     if species.evergreen:
         return 1.0
     out = special.expit((day - species.leaf_out) / LEAF_WIDTH)
@@ -606,10 +607,10 @@ def _sunlit(landscape: Landscape, day: int, sun_zenith: float, sun_azimuth: floa
 
 
 def _shadow_limit(crowns: Floats, sun_zenith: float, sun_azimuth: float) -> Floats:
-    """Height below which crowns further towards the sun cast their shadow, metres: (row, column).
+    """Height in metres below which each place is in the shadow of crowns further towards the sun: (row, column).
 
-    The limit is the highest over distances d of height(place + d towards the sun) - d tan(elevation). Doubling the
-    distance covered in each step takes a logarithmic number of steps.
+    The limit is the maximum over distances d of height(place + d towards the sun) - d tan(elevation). As each step doubles
+    the distance covered, the number of steps is logarithmic.
     """
     azimuth = np.deg2rad(sun_azimuth)
     drop = CELL / np.tan(np.deg2rad(sun_zenith))  # m a cell
@@ -622,7 +623,7 @@ def _shadow_limit(crowns: Floats, sun_zenith: float, sun_azimuth: float) -> Floa
 
 
 def _moved(values: Floats, azimuth: float, cells: int) -> Floats:
-    """At each place the value so many cells further in a direction, 0 beyond the edge: (row, column)."""
+    """For each place, the value that many cells further in a direction, 0 beyond the edge: (row, column)."""
     down, right = round(-cells * np.cos(azimuth)), round(cells * np.sin(azimuth))
     moved = np.zeros_like(values)
     rows, columns = values.shape
@@ -633,15 +634,15 @@ def _moved(values: Floats, azimuth: float, cells: int) -> Floats:
 
 
 def _point_spread() -> sparse.csr_array:
-    """Weights of the 2 m cells in each pixel of 10 m along one axis, patch and margin: (pixel, cell)."""
+    """Weights of the 2 m cells in each 10 m pixel of patch and coarse fringe, along one axis: (pixel, cell)."""
     centres = FRINGE - COARSE_FRINGE * PIXEL + (np.arange(PATCH_SIZE + 2 * COARSE_FRINGE)[:, None] + 0.5) * PIXEL
     return sparse.csr_array(_box_seen((np.arange(CELLS) + 0.5) * CELL - centres, PIXEL, FINE_BLUR))
 
 
 def _coarse_point_spread() -> Reals:
-    """Weights of 10 m pixels, patch and margin, in what a band of 20 m shows at 10 m, along one axis: (pixel, pixel).
+    """Weights of the 10 m pixels of patch and coarse fringe in a 20 m band at 10 m, along one axis: (pixel, pixel).
 
-    The wider blur lies on top of that of the fine bands; products bring 20 m to 10 m by interpolation.
+    The additional blur is applied on top of that of the 10 m bands; resampling is linear interpolation.
     """
     coarse = PATCH_SIZE // 2
     centres = 2 * np.arange(coarse)[:, None] + 0.5
@@ -651,7 +652,7 @@ def _coarse_point_spread() -> Reals:
 
 
 def _box_seen(distance: Reals, width: float, blur: float) -> Floats:
-    """Weight of points at a distance from the middle of a pixel, blurred by a Gaussian, along one axis; rows sum to 1."""
+    """Weights of points by distance from the centre of a pixel with Gaussian blur, along one axis; rows sum to 1."""
     scale = np.sqrt(2.0) * blur
     weights = special.erf((distance + width / 2) / scale) - special.erf((distance - width / 2) / scale)
     weights[weights < 1e-3] = 0.0
@@ -659,31 +660,31 @@ def _box_seen(distance: Reals, width: float, blur: float) -> Floats:
 
 
 def _sample(fields: Floats, spread: sparse.csr_array) -> Floats:
-    """Fields at 2 m, (row, field, column), as the fine bands see them at 10 m, with margin: (row, column, field)."""
+    """Resample fields at 2 m, (row, field, column), with the point spread of the 10 m bands: (row, column, field)."""
     rows, count, columns = fields.shape
     along = (spread @ fields.reshape(rows, count * columns)).reshape(-1, columns)
     return np.asarray((spread @ along.T).reshape(spread.shape[0], -1, count).transpose(1, 0, 2))
 
 
 def _opacity(acquisition: Acquisition, east: Reals, north: Reals) -> Reals:
-    """Opacity of the clouds above points on a grid, km: (north, east)."""
+    """Opacity of the clouds above the points of a grid, given in km: (north, east)."""
     rng = np.random.default_rng(acquisition.cloud_seed)
     size = np.exp(rng.uniform(np.log(SMALLEST_CLOUD), np.log(LARGEST_CLOUD), CLOUD_WAVES))
     heading, phase = rng.uniform(0, 2 * np.pi, (2, CLOUD_WAVES))
     across = east[:, None] * (2 * np.pi * np.cos(heading) / size) + phase
     along = north[:, None] * (2 * np.pi * np.sin(heading) / size)
-    # Larger clouds are denser; the sum over waves of cos(across + along) is two products of matrices.
+    # Larger clouds are denser; the sum of cos(across + along) over the waves is two matrix products.
     waves = (np.cos(along) * size) @ np.cos(across).T - (np.sin(along) * size) @ np.sin(across).T
     field = waves / np.sqrt(0.5 * (size**2).sum())
     return np.asarray(special.expit((field - special.ndtri(1.0 - acquisition.cloud_cover)) / CLOUD_EDGE))
 
 
 def _sky(square: Square, acquisition: Acquisition) -> Sky:
-    """See the tile's sky from a patch."""
+    """The sky above a patch."""
     offset = (np.arange(PATCH_SIZE) + 0.5) / 100 - (PATCH - SQUARE) / 2000
     east, north = square.east + offset, square.north - offset
     azimuth = np.deg2rad(acquisition.sun_azimuth)
-    away = CLOUD_BASE * np.tan(np.deg2rad(acquisition.sun_zenith))  # km towards the sun, where the shadow's cloud is
+    away = CLOUD_BASE * np.tan(np.deg2rad(acquisition.sun_zenith))  # km from a shadow to its cloud, towards the sun
     edge = acquisition.last_easting + TRACK_SLOPE * (north - square.north)
     return Sky(
         _opacity(acquisition, east, north),
@@ -693,13 +694,13 @@ def _sky(square: Square, acquisition: Acquisition) -> Sky:
 
 
 def _observe(surface: Reals, sky: Sky, acquisition: Acquisition, rng: np.random.Generator) -> NDArray[np.int16]:
-    """Image of a surface's reflectance through the air: (band, row, column), reflectance x 10 000, NODATA outside.
+    """Image of a surface through the atmosphere: (band, row, column), reflectance x 10 000, NODATA beyond the orbit.
 
     Args:
         surface: Reflectance x 10 000: (row, column, band).
-        sky: Of the image.
-        acquisition: Date, air and view.
-        rng: Of the sensor's noise.
+        sky: Clouds and shadows of the image.
+        acquisition: Atmosphere and view.
+        rng: For the noise of the sensor.
     """
     towards_sun = np.cos(np.deg2rad(acquisition.view_azimuth - acquisition.sun_azimuth))
     view = 1.0 + FORWARD_DARKENING * np.tan(np.deg2rad(acquisition.view_zenith)) * towards_sun
@@ -748,7 +749,7 @@ def _make_patch(task: Task) -> Rows:
             {
                 "patch_id": square.patch,
                 "image_name": f"{name}.tif",
-                "x": 1000 * square.north - SQUARE // 2,  # the published files name northing and easting this way round
+                "x": 1000 * square.north - SQUARE // 2,  # the published files swap northing and easting
                 "y": 1000 * square.east + SQUARE // 2,
                 "sun_zenith": acquisition.sun_zenith,
                 "sun_azimuth": acquisition.sun_azimuth,
@@ -760,7 +761,7 @@ def _make_patch(task: Task) -> Rows:
 
 
 def _surfaces(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator[Reals]:
-    """Reflectance x 10 000 of the ground and its vegetation as the sensor resolves it, by date: (row, column, band)."""
+    """Yield the reflectance x 10 000 of the landscape as resolved by the sensor, by date: (row, column, band)."""
     spread, coarse_spread = _point_spread(), _coarse_point_spread()
     everywhere = _sample(landscape.materials, spread)
     for acquisition in acquisitions:
@@ -776,7 +777,7 @@ def _surfaces(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator
 
 
 def _quality(sky: Sky) -> dict[str, float]:
-    """The table's quality columns of an image, percent of pixels; thin clouds go undetected, as in real masks."""
+    """The quality columns of an image in percent of pixels; as in real masks, thin clouds go undetected."""
     cloud, shadow = sky.cloud > DETECTED, sky.shadow > DETECTED
     shares = {
         "masked_pixels": cloud | shadow | sky.outside,
@@ -788,12 +789,12 @@ def _quality(sky: Sky) -> dict[str, float]:
 
 
 def _write_lidar(root: Path, square: Square, landscape: Landscape, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
-    """Write heights and mask of the square; give the heights' file name and the mask's row of the table."""
+    """Write heights and mask of a square; returns the file name of the heights and the row of the mask table."""
     start = (SIDE - SQUARE) // 2
     inner = (slice(start, start + SQUARE),) * 2
     height = np.rint(10 * landscape.height[inner]).astype(np.int16)
     ground = landscape.ground.repeat(CELL, axis=0).repeat(CELL, axis=1)[inner]
-    # Water returns few pulses, and here and there none comes back from the ground either.
+    # Water reflects few pulses, and a few are lost over land, too.
     height[rng.random(height.shape) < np.where(ground == WATER, 0.5, 1e-5)] = NO_HEIGHT
     mask = vegetation_mask(height, np.isin(ground, (MEADOW, WHEAT, MAIZE)))
 
@@ -817,7 +818,7 @@ def _write_lidar(root: Path, square: Square, landscape: Landscape, rng: np.rando
 def _write_raster(
     path: Path, bands: NDArray[Any], corner: tuple[float, float], resolution: float, nodata: int | None
 ) -> None:
-    """Write bands (band, row, column) as a GeoTIFF in Lambert-93, from its upper-left corner."""
+    """Write bands (band, row, column) as a GeoTIFF in Lambert-93, given its upper-left corner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = bands.shape
     profile = {"driver": "GTiff", "dtype": bands.dtype, "count": count, "height": height, "width": width, "nodata": nodata}
@@ -827,7 +828,7 @@ def _write_raster(
 
 
 def _write_tables(root: Path, tile: str, patches: list[Rows], rng: np.random.Generator) -> None:
-    """Write the tables of a tile; one image lacks its row of angles."""
+    """Write the tables of a tile; one image gets no row of angles."""
     images = pd.DataFrame([row for patch in patches for row in patch.images])
     images.insert(0, "index", np.arange(len(images)))
     images.to_parquet(root / "patches" / tile / f"{tile}.parquet", index=False)
