@@ -1,20 +1,20 @@
 """THREASURE-Net: canopy height at 10, 5 or 2.5 m from a year of Sentinel-2 images.
 
 Kalinicheva et al., "Super-Resolved Canopy Height Mapping from Sentinel-2 Time Series Using LiDAR HD Reference Data
-across Metropolitan France", Remote Sensing of Environment 2026, arXiv 2512.11524. Every date passes through the same
-encoder, attention over the dates leaves one map, sub-pixel convolutions refine it, and a per-pixel MLP gives height
-and vegetation. The encoder is the residual dense network of Zhang et al., "Residual dense network for image
-super-resolution", CVPR 2018, or a U-Net.
+across Metropolitan France", Remote Sensing of Environment 2026, arXiv 2512.11524. An encoder is applied to the image of
+each date, attention over the dates merges the feature maps into one, sub-pixel convolutions upsample it, and a per-pixel
+MLP predicts height and vegetation. The encoder is the residual dense network of Zhang et al., "Residual dense network for
+image super-resolution", CVPR 2018, or a U-Net.
 
 What makes it fast, measured by `benchmarks.canopy_speed` against the same network written plainly:
 
-- Only what the output needs is computed. Of a window whose margin is cut, each layer works on the part that the
-  layers after it see; of a sample with few dates, nothing is computed for the padding.
-- A dense layer of 24 channels leaves a quarter of a vector unit idle. Each feature is therefore convolved once with
-  the weights of all later layers, up to 120 channels, and those keep running sums instead of concatenated inputs.
-  The sums are not kept for the backward pass, nor is a concatenation before a 1x1 fusion, which is a sum of products.
-- Tensors lie channels-last. The query is shared by all pixels, so keys are never made: a head's logit is one product
-  with the key map folded into the query.
+- Only what the output needs is computed. If the margin of a window is cut off, each layer computes only what the layers
+  after it need; padded dates are not computed.
+- Dense blocks do not concatenate. Each feature map is convolved once with the weights of all later layers, up to 120
+  channels instead of 24, which CPUs do more efficiently, and the later layers accumulate the results. A concatenation per
+  layer would have to be kept for the backward pass.
+- Tensors are channels-last.
+- All pixels share one query, so no keys are computed: the key projection is folded into the query.
 """
 
 import math
@@ -33,20 +33,20 @@ ENCODERS = ("rdn", "unet")
 UPSAMPLINGS = ("shuffle", "interpolation")
 HEADS = 4
 QUERY_DAY = 183
-"""Day of the year that the query's encoding counts from."""
+"""Day of the year from which the encoding of the query counts."""
 ATTENTION_DROPOUT = 0.1
-LEAK = 0.2
+LEAK = 0.2  # negative slope of LeakyReLU
 ICNR_NOISE = 1e-3
-"""Standard deviation by which initial weights of a channel's sub-pixels differ."""
+"""Standard deviation of the noise by which the initial weights of a channel's sub-pixels differ."""
 INFERENCE_PIXELS = 2**17
-"""Input pixels encoded at once where no gradient is kept."""
+"""Input pixels encoded at once when no gradients are needed."""
 UNET_MARGIN = 32
 UNET_REACH = 112
 """Input pixels that an output pixel of the U-Net depends on to each side: 105, upsampling included 107, rounded up."""
 
 
 class Prediction(NamedTuple):
-    """Outputs of the network, (sample, 1, row, column) each."""
+    """Output of the network, (sample, 1, row, column) each."""
 
     height: Tensor
     """Standardised height."""
@@ -55,7 +55,7 @@ class Prediction(NamedTuple):
 
 
 class _Crop(torch.autograd.Function):
-    """A view without a border, whose backward pass keeps channels last (a slice's own does not)."""
+    """Crop by slicing, with a backward pass that keeps gradients channels-last, unlike that of a slice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inset: int) -> Tensor:
@@ -68,22 +68,22 @@ class _Crop(torch.autograd.Function):
 
 
 def crop(x: Tensor, inset: int) -> Tensor:
-    """(image, channel, row, column) without `inset` pixels at each side."""
+    """Crop `inset` pixels from each side of (image, channel, row, column)."""
     return _Crop.apply(x, inset) if inset else x
 
 
 def crop_like(x: Tensor, smaller: Tensor) -> Tensor:
-    """The centre of (image, channel, row, column) at the size of `smaller`."""
+    """Crop the centre of (image, channel, row, column) to the size of `smaller`."""
     return crop(x, (x.shape[-1] - smaller.shape[-1]) // 2)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, valid: bool) -> Tensor:
-    """3x3 convolution that uses up a ring of pixels (`valid`) or puts zeros around."""
+    """3x3 convolution: without padding (`valid`), one pixel smaller at each side, or with zeros around."""
     return F.conv2d(x, weight, bias, padding=0 if valid else 1)
 
 
 def convolutions(layers: nn.ModuleList) -> list[nn.Conv2d]:
-    """The list's layers under their type."""
+    """The convolutions of a list, with their type."""
     return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
 
 
@@ -97,7 +97,7 @@ def fuse(conv: nn.Conv2d, parts: Sequence[Tensor]) -> Tensor:
 
 
 def initialise_uniform(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, generator: torch.Generator) -> None:
-    """PyTorch's own initial weights: uniform within 1/sqrt(fan in)."""
+    """PyTorch's default initialisation, uniform within 1/sqrt(fan in), drawn from a generator."""
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     if layer.bias is not None:
         bound = 1 / math.sqrt(layer.weight[0].numel())
@@ -105,10 +105,10 @@ def initialise_uniform(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, genera
 
 
 def initialise_sub_pixels(conv: nn.Conv2d, generator: torch.Generator) -> None:
-    """Initial weights before a pixel shuffle by 2: the four sub-pixels of a channel start alike, up to noise (ICNR).
+    """Initialise a convolution before a pixel shuffle by 2: the four sub-pixels of a channel start equal up to noise (ICNR).
 
-    Aitken et al., "Checkerboard artifact free sub-pixel convolution", 2017. One Kaiming-normal kernel a channel; biases
-    are PyTorch's own and differ within a channel, as published.
+    Aitken et al., "Checkerboard artifact free sub-pixel convolution", 2017. There is one Kaiming-normal kernel per channel;
+    biases have PyTorch's default initialisation and differ within a channel, as in the published code.
     """
     initialise_uniform(conv, generator)
     kernels = conv.weight.new_empty(conv.out_channels // 4, *conv.weight.shape[1:])
@@ -118,7 +118,7 @@ def initialise_sub_pixels(conv: nn.Conv2d, generator: torch.Generator) -> None:
 
 
 class DenseBlock(nn.Module):
-    """Residual dense block: 3x3 convolutions, each of all features before it, a 1x1 fusion, plus the input."""
+    """Residual dense block: 3x3 convolutions, each of all feature maps before it, a 1x1 fusion, and the input added."""
 
     def __init__(self, channels: int, growth: int, num_layers: int) -> None:
         super().__init__()
@@ -127,17 +127,17 @@ class DenseBlock(nn.Module):
         self.fusion = nn.Conv2d(channels + growth * num_layers, channels, 1)
 
     def weights_by_feature(self) -> list[Tensor]:
-        """For each feature but the last, the weights by which all later layers see it."""
+        """For each feature map but the last, the weights that all later layers apply to it, joined."""
         by_layer = [layer.weight.split(self.sizes[: k + 1], 1) for k, layer in enumerate(convolutions(self.layers))]
         return [torch.cat([weights[k] for weights in by_layer[k:]]) for k in range(len(by_layer))]
 
     def forward(self, x: Tensor, valid: Sequence[bool]) -> Tensor:
-        """(image, channel, row, column); `valid`: whether each layer goes without padding, using up a ring of pixels."""
+        """(image, channel, row, column), cropped by a pixel at each side for each layer that is `valid` (not padded)."""
         features = [x]
-        later: Tensor | None = None  # sums that later layers have accumulated from the features so far
+        later: Tensor | None = None  # what the later layers have accumulated so far
         bias: Tensor | None = torch.cat([layer.bias for layer in convolutions(self.layers) if layer.bias is not None])
-        for weight, uses_ring in zip(self.weights_by_feature(), valid, strict=True):
-            total = conv3x3(features[-1], weight, bias, uses_ring)
+        for weight, is_valid in zip(self.weights_by_feature(), valid, strict=True):
+            total = conv3x3(features[-1], weight, bias, is_valid)
             bias = None
             if later is not None:
                 total += crop_like(later, total)
@@ -145,9 +145,9 @@ class DenseBlock(nn.Module):
             if rest:
                 total, later = total.split([growth, rest], 1)
                 if later.is_cpu and later.dtype == torch.bfloat16:
-                    # 24 of them are less than a vector: slow to add from a slice, not to copy.
+                    # Adding to a slice of 24 channels, less than a vector of bfloat16, is slower than copying it first.
                     later = later.contiguous(memory_format=torch.channels_last)
-            # A copy, as the activation is kept for the backward pass and would keep the sums of later layers with it.
+            # A copy, since the activation is kept for the backward pass, and a slice would keep all of `total` with it.
             features.append(F.leaky_relu_(total.clone(memory_format=torch.channels_last), LEAK))
         parts = [crop_like(feature, features[-1]) for feature in features]
         return fuse(self.fusion, parts).add_(parts[0])
@@ -164,7 +164,7 @@ class ResidualDenseNetwork(nn.Module):
         self.conv_out = nn.Conv2d(channels, channels, 3)
         self.num_layers = num_layers
         self.receptive_field = 3 + num_blocks * num_layers
-        """Receptive field to each side, in pixels: one for each 3x3 convolution."""
+        """Radius of the receptive field in pixels: one for each 3x3 convolution."""
 
     def initialise(self, generator: torch.Generator) -> None:
         """Kaiming-normal weights, biases 0."""
@@ -175,13 +175,13 @@ class ResidualDenseNetwork(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, inset: int) -> Tensor:
-        """(image, band, row, column) to (image, channel, row, column) without `inset` pixels at each side."""
+        """(image, band, row, column) to (image, channel, row, column), cropped by `inset` pixels at each side."""
         x = crop(x, max(inset - self.receptive_field, 0))
-        # The last layers use up a ring each, so that every layer computes only what those after it see.
-        rings = min(inset, self.receptive_field)
-        valid = [False] * (self.receptive_field - rings) + [True] * rings
-        for conv, uses_ring in zip(convolutions(self.conv_in), valid[:2], strict=True):
-            x = conv3x3(x, conv.weight, conv.bias, uses_ring)
+        # The last layers are not padded, so that every layer computes only what those after it need.
+        unpadded = min(inset, self.receptive_field)
+        valid = [False] * (self.receptive_field - unpadded) + [True] * unpadded
+        for conv, is_valid in zip(convolutions(self.conv_in), valid[:2], strict=True):
+            x = conv3x3(x, conv.weight, conv.bias, is_valid)
         shallow, outputs = x, []
         for index, block in enumerate(self.blocks):
             first = 2 + index * self.num_layers
@@ -199,7 +199,7 @@ def reflecting_conv(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class UNetLevel(nn.Module):
-    """One level of the U-Net: down by a strided convolution, the level below, up again beside a skip convolution."""
+    """A level of the U-Net: a strided convolution down, the level below, a transposed one up, and a skip convolution."""
 
     def __init__(self, encoder: Sequence[int], decoder: Sequence[int]) -> None:
         super().__init__()
@@ -225,10 +225,10 @@ class UNetLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """Encoder of single images of the published ablation: four levels down, batch norm, reflected borders.
+    """U-Net encoder of single images, from the paper's ablation: four levels, batch norm, reflected borders.
 
-    Its batch statistics are those of the images of a batch that are no padding. The published convolutions have biases,
-    which the batch norm after each of them takes away again; these have none.
+    Batch statistics are those of all images of a batch except padding. The published convolutions have biases, which the
+    batch norm after each of them cancels; these have none.
     """
 
     def __init__(self, channels_in: int, channels: int) -> None:
@@ -241,7 +241,7 @@ class UNet(nn.Module):
         self.grid = 2 ** (len(encoder) - 1)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """PyTorch's own."""
+        """PyTorch's default initialisation."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 initialise_uniform(layer, generator)
@@ -249,12 +249,12 @@ class UNet(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor, inset: int) -> Tensor:
-        """(image, band, row, column) to (image, channel, row, column) without `inset` pixels at each side.
+        """(image, band, row, column) to (image, channel, row, column), cropped by `inset` pixels at each side.
 
-        Rows and columns are reflected at the lower right up to a multiple of 16.
+        Images are padded to a multiple of 16 by reflection at the lower and right edge.
 
         Raises:
-            InputError: an image is too small to be halved four times and reflected.
+            InputError: the images are too small to be halved four times and reflected.
         """
         rows, columns = x.shape[2:]
         if min(rows, columns) <= self.grid:
@@ -266,18 +266,17 @@ class UNet(nn.Module):
 
 
 def positional_encoding(days: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal encoding of days (Vaswani et al. 2017) with base 365, (...) to (..., size): sine at even indices."""
+    """Sinusoidal encoding of days (Vaswani et al. 2017) with base 365: (...) to (..., size), sines at even indices."""
     index = torch.arange(size, device=days.device)
     angle = days.unsqueeze(-1).to(dtype) / 365 ** (2 * (index // 2) / size)
     return torch.where(index % 2 == 0, angle.sin(), angle.cos())
 
 
 class TemporalAttention(nn.Module):
-    """Attention over the dates of each pixel; the query is the positional encoding of the LiDAR's day, one for all
-    heads and pixels.
+    """Attention over the dates of each pixel; the query of all heads and pixels is the positional encoding of the LiDAR day.
 
-    Lightweight attention of Garnot and Landrieu, "Lightweight temporal self-attention for classifying satellite images
-    time series", 2020, without its learned query. Values are the features themselves, shared among the heads.
+    Garnot and Landrieu, "Lightweight temporal self-attention for classifying satellite images time series", 2020, without
+    the learned query. The values are the features themselves, divided among the heads.
     """
 
     def __init__(self, channels: int) -> None:
@@ -290,17 +289,17 @@ class TemporalAttention(nn.Module):
         nn.init.normal_(self.keys.weight, std=math.sqrt(2 / self.depth), generator=generator)
 
     def forward(self, x: Tensor, days: Tensor, lidar_day: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One sample: (date, channel, row, column), days (date,) and one LiDAR day to (channel, row, column)."""
+        """Of one sample: (date, channel, row, column), days (date,) and the LiDAR day () to (channel, row, column)."""
         dtype = self.keys.weight.dtype
         x = (x + positional_encoding(days, x.shape[1], dtype)[:, :, None, None]).permute(0, 2, 3, 1)
         query = positional_encoding(lidar_day - QUERY_DAY, self.depth, dtype) / math.sqrt(self.depth)
-        # query . (keys x) = (query keys) . x: one vector a head instead of keys for each pixel and date.
+        # query . (keys x) = (query keys) . x: one vector per head instead of a key for each pixel and date.
         folded = query @ self.keys.weight.unflatten(0, (HEADS, self.depth))
         weights = self.dropout((x @ folded.t()).softmax(0), generator)
         return (x.unflatten(3, (HEADS, self.depth)) * weights.unsqueeze(4)).sum(0).flatten(2).permute(2, 0, 1)
 
     def dropout(self, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Dropout in training, drawn from the sample's own generator or else from PyTorch's."""
+        """Dropout in training, drawn from the sample's own generator if given, otherwise from PyTorch's."""
         if not self.training or generator is None:
             return F.dropout(weights, ATTENTION_DROPOUT, self.training)
         kept = torch.empty(weights.shape, dtype=torch.bool, device=generator.device)
@@ -309,10 +308,10 @@ class TemporalAttention(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Doublings of rows and columns, a 3x3 convolution before each and one after them.
+    """Doublings of the resolution, with a 3x3 convolution before each of them and one at the end.
 
-    `shuffle`: sub-pixel convolutions (Shi et al., CVPR 2016) without activation, ReLU at the end.
-    `interpolation`: convolution, LeakyReLU, nearest neighbour.
+    With `shuffle`, these are sub-pixel convolutions (Shi et al., CVPR 2016) without activation, and a ReLU at the end;
+    otherwise convolution, LeakyReLU and nearest-neighbour interpolation, and a LeakyReLU at the end.
     """
 
     def __init__(self, channels: int, doublings: int, shuffle: bool) -> None:
@@ -322,24 +321,24 @@ class Upsampling(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(channels, widened, 3) for _ in range(doublings))
         self.convs.append(nn.Conv2d(channels, channels, 3))
         self.receptive_field = 2 ** len(self.convs) - 1
-        """Receptive field to each side, in output pixels, beyond the input pixel that the output pixel lies in."""
+        """Radius of the receptive field in output pixels, beyond the input pixel that contains the output pixel."""
 
     def initialise(self, generator: torch.Generator) -> None:
-        """ICNR before a shuffle, else PyTorch's own."""
+        """ICNR before a shuffle, otherwise PyTorch's default initialisation."""
         *before_doubling, last = convolutions(self.convs)
         for conv in before_doubling:
             (initialise_sub_pixels if self.shuffle else initialise_uniform)(conv, generator)
         initialise_uniform(last, generator)
 
     def insets(self, inset: int) -> list[int]:
-        """Pixels left out at each side before each convolution, and at last after all of them."""
+        """Pixels cropped at each side before each convolution and, last, after all of them, to end at `inset`."""
         insets = [max(inset - 1, 0), inset]
         for _ in self.convs[:-1]:
             insets.insert(0, max(insets[0] // 2 - 1, 0))
         return insets
 
     def forward(self, x: Tensor, inset: int) -> Tensor:
-        """(sample, channel, row, column), already without `insets(inset)[0]` pixels, to the output's pixels."""
+        """(sample, channel, row, column), already cropped by `insets(inset)[0]`, to the pixels of the output."""
         *doubled, last = convolutions(self.convs)
         for conv, following in zip(doubled, self.insets(inset)[1:-1], strict=True):
             x = conv3x3(x, conv.weight, conv.bias, following // 2 > 0)
@@ -350,7 +349,7 @@ class Upsampling(nn.Module):
 
 
 class Head(nn.Module):
-    """Per-pixel MLP with a linear map to the height and, fed from detached features, one to the vegetation logit."""
+    """Per-pixel MLP with a linear layer for the height and, on detached features, one for the vegetation logit."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -359,13 +358,13 @@ class Head(nn.Module):
         self.vegetation = nn.Linear(widths[-1], 1)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """PyTorch's own."""
+        """PyTorch's default initialisation."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 initialise_uniform(layer, generator)
 
     def forward(self, x: Tensor) -> Prediction:
-        """(sample, channel, row, column); in float32 even under autocast, as bfloat16 would round heights by centimetres."""
+        """(sample, channel, row, column), in float32 even under autocast: bfloat16 would round heights by centimetres."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.permute(0, 2, 3, 1).to(self.height.weight.dtype)
             for layer in self.trunk:
@@ -374,26 +373,26 @@ class Head(nn.Module):
 
 
 class ThreasureNet(nn.Module):
-    """The network; `initialise` it or load its state before use.
+    """The network; call `initialise` or load a state before use.
 
     Args:
-        resolution: metres of an output pixel: 10, 5 or 2.5.
+        resolution: pixel size of the output in metres: 10, 5 or 2.5.
         channels_in: bands and angle channels of an image.
         encoder: "rdn" (residual dense network) or "unet".
-        num_rdb: residual dense blocks; published 4 at 10 m, 5 otherwise; rdn alone.
-        num_dense_layers: layers of a block; published as num_rdb; rdn alone.
-        growth_channels: channels of a dense layer; rdn alone.
-        channels: channels of the features; the U-Net is 1/2 to 2 times as wide.
+        num_rdb: residual dense blocks (4 at 10 m, otherwise 5 in the paper); rdn only.
+        num_dense_layers: layers of a dense block (the same numbers in the paper); rdn only.
+        growth_channels: channels of a dense layer; rdn only.
+        channels: channels of the features; levels of the U-Net have half to twice as many.
         upsampling: "shuffle" or "interpolation".
 
     Attributes:
         factor: output pixels along an input pixel.
-        margin: input pixels to cut at each side, so that no output pixel sees beyond the input: the receptive field,
-            rounded up to a multiple of 8. The U-Net sees some 100 pixels far, more than windows have to spare: its
-            32 keep the published windows and are a multiple of the 16 that its halvings must be aligned to.
+        margin: input pixels to cut off at each side so that no output pixel depends on padding: the radius of the receptive
+            field, rounded up to a multiple of 8. The U-Net's of some 100 pixels is more than windows can spare; its
+            margin of 32 keeps the published windows and is a multiple of 16, as its four halvings need.
 
     Raises:
-        InputError: a setting is not among its values or does not fit another.
+        InputError: a setting is invalid.
     """
 
     def __init__(
@@ -442,7 +441,7 @@ class ThreasureNet(nn.Module):
 
     @property
     def margin(self) -> int:
-        """Input pixels to cut at each side."""
+        """Input pixels to cut off at each side."""
         if isinstance(self.encoder, UNet):
             return UNET_MARGIN
         receptive_field = self.encoder.receptive_field * self.factor
@@ -461,7 +460,7 @@ class ThreasureNet(nn.Module):
         return self.encoder.grid if isinstance(self.encoder, UNet) else 1
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the initial weights, which depend on the generator (of the weights' device) alone."""
+        """Draw the initial weights from a generator on the device of the weights."""
         for part in (self.encoder, self.attention, self.upsampling, self.head):
             if part is not None:
                 part.initialise(generator)
@@ -475,17 +474,17 @@ class ThreasureNet(nn.Module):
         cut: int = 0,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Prediction:
-        """Height and vegetation of the window at the LiDAR's day.
+        """Predict height and vegetation of a window on the LiDAR day.
 
         Args:
             images: (sample, date, band, row, column), standardised.
             days: (sample, date), day of the year from 0.
-            lidar_day: (sample,), day of the year from 0 to predict for.
-            padding: (sample, date), true where there is no image; nothing is computed there. Best on the CPU, as its values
-                are needed there.
-            cut: input pixels left out of the output at each side; what remains is the same as without the cut.
-            generators: one a sample, from which training draws the dropout of attention weights, so that a sample's
-                draw does not depend on the others of the batch; PyTorch's own generator where absent.
+            lidar_day: (sample,), day of the year from 0.
+            padding: (sample, date), True where there is no image; nothing is computed there. Best on the CPU, where its
+                values are needed.
+            cut: input pixels to cut off at each side; the rest of the output is the same as without cutting.
+            generators: one per sample, for the dropout of attention weights in training, so that a sample's dropout does
+                not depend on the rest of the batch; PyTorch's default generator if None.
 
         Raises:
             InputError: the cut leaves nothing, or a sample has no image.
@@ -509,7 +508,7 @@ class ThreasureNet(nn.Module):
         return self.head(x)
 
     def encode(self, images: Tensor, inset: int) -> Tensor:
-        """(image, band, row, column) to features, without gradients a few images at a time to save memory."""
+        """(image, band, row, column) to features; in inference, a few images at a time to save memory."""
         if torch.is_grad_enabled() or self.training:
             return self.encoder(images, inset)
         at_once = max(1, INFERENCE_PIXELS // (images.shape[2] * images.shape[3]))

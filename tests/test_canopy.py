@@ -122,7 +122,7 @@ def test_training_stops_early_and_the_best_weights_are_tested(
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
-def test_a_gradient_that_is_cut_to_nothing_trains_nothing(
+def test_gradients_clipped_to_almost_nothing_train_nothing(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
 ) -> None:
     net = ThreasureNet(
@@ -155,7 +155,7 @@ def test_accumulated_batches_make_the_step_of_one_batch(
     assert accumulated == pytest.approx(whole, rel=1e-5) and smaller != pytest.approx(whole, rel=1e-3)
 
 
-def test_what_is_learnt_does_not_depend_on_the_other_contexts(run_canopy: Callable[..., Ended], tmp_path: Path) -> None:
+def test_training_does_not_depend_on_validation_and_test_data(run_canopy: Callable[..., Ended], tmp_path: Path) -> None:
     """Statistics, weights and baselines are the same when the heights and images of validation and test are others."""
     outcomes = []
     for number in range(2):
@@ -206,7 +206,7 @@ def test_squares_without_tall_vegetation_are_refused(run_canopy: Callable[..., E
     assert done.returncode == 2 and f"no square for {context} has a height above 0" in done.stderr
 
 
-def test_a_disk_that_fills_under_tensorboard_ends_in_one_sentence(
+def test_a_full_disk_while_writing_tensorboard_events_is_one_sentence(
     run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -217,7 +217,7 @@ def test_a_disk_that_fills_under_tensorboard_ends_in_one_sentence(
     assert done.returncode == 2 and "the disk is full; free some space, then resume with:" in done.stderr
 
 
-def test_what_a_reading_process_refuses_is_one_sentence(
+def test_an_input_error_in_a_data_loading_process_is_one_sentence(
     run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -245,7 +245,7 @@ def results(folder: Path) -> tuple[dict[str, Any], bytes, bytes]:
     return metrics, (folder / "models" / "last.safetensors").read_bytes(), next((folder / "test").iterdir()).read_bytes()
 
 
-def test_a_killed_run_goes_on_to_the_same_metrics_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_metrics_bit_for_bit(tiles: list[str], tmp_path: Path) -> None:
     folders = tmp_path / "undisturbed", tmp_path / "killed"
     # Checkpoints fall within epochs of two steps, and within what a reading process has read ahead.
     flags = [*SHORT, *tiles, "batch_size=1", "epochs=5", "validations_per_epoch=0.67", "workers=1"]
@@ -288,7 +288,7 @@ def test_a_checkpoint_is_not_continued_with_other_flags(
     assert done.returncode == 2 and "seed=42" in done.stderr and "seed=7" in done.stderr
 
 
-def test_what_is_no_checkpoint_is_refused_in_one_sentence(
+def test_an_invalid_checkpoint_is_refused_in_one_sentence(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
 ) -> None:
     for content in (b"", b"no checkpoint"):
@@ -384,7 +384,7 @@ def test_processes_must_be_as_many_as_were_launched(
     assert done.returncode == 2 and "are 1 processes, but 2 were launched" in done.stderr
 
 
-def test_a_run_without_slurm_hears_nothing_of_it_where_it_is_installed(
+def test_an_installed_slurm_is_not_mentioned_to_runs_outside_of_it(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "srun").touch(mode=0o755)
@@ -393,7 +393,7 @@ def test_a_run_without_slurm_hears_nothing_of_it_where_it_is_installed(
     assert done.returncode == 0 and "srun" not in done.stdout + done.stderr
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_read(
+def test_flags_that_do_not_fit_are_refused_before_anything_is_read(
     run_canopy: Callable[..., Ended], tiles: list[str], tmp_path: Path
 ) -> None:
     for flag in ("window=120", "batch_size=3"):
@@ -401,7 +401,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     assert not (tmp_path / "empty").exists()
 
 
-def test_bf16_is_refused_where_there_is_none_and_auto_falls_back(
+def test_bf16_is_refused_without_hardware_support_and_auto_falls_back(
     run_canopy: Callable[..., Ended], tiles: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
@@ -473,7 +473,7 @@ def test_features_are_means_of_the_parts_of_the_year() -> None:
     assert np.isnan(x[0, 0, -1]).all() and (x[1:, :, -1] == 100).all()
 
 
-def test_boosting_learns_and_stands_parts_without_images() -> None:
+def test_boosting_learns_despite_parts_of_the_year_without_images() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3000, 4)).astype(np.float32)
     y = (10 + 3 * x[:, 0]).astype(np.float32)

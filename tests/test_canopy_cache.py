@@ -71,7 +71,7 @@ def test_the_cache_holds_what_the_files_hold(fixed: Fixed) -> None:
     assert cached.lidar_day == 26 and cached.days.tolist() == [40, 65, 90, 115, 140]
 
 
-def test_what_is_cached_is_not_read_again(fixed: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_patches_are_not_read_again(fixed: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     first = fill(fixed, said=said)
     assert said == [f"Reading 1 of 1 patches into {fixed.folder}, 0.00 GB."]
@@ -98,7 +98,7 @@ def test_a_changed_source_is_read_again(fixed: Fixed, source: str) -> None:
 
 
 @pytest.mark.parametrize("array", ["images", "reference"])
-def test_a_truncated_array_is_made_anew(fixed: Fixed, array: str) -> None:
+def test_a_truncated_array_is_written_again(fixed: Fixed, array: str) -> None:
     path = Path(getattr(fill(fixed), array))
     content = path.read_bytes()
     path.write_bytes(content[:-7])
@@ -106,7 +106,7 @@ def test_a_truncated_array_is_made_anew(fixed: Fixed, array: str) -> None:
     assert path.read_bytes() == content
 
 
-def test_another_choice_of_images_is_read_anew(fixed: Fixed) -> None:
+def test_another_selection_of_images_is_read(fixed: Fixed) -> None:
     patch = fixed.patch
     fewer = Patch(**{**vars(patch), "images": patch.images[1:], "dates": patch.dates[1:]})
     assert fill(Fixed(fewer, fixed.folder)).images != fill(fixed).images
@@ -154,7 +154,7 @@ def test_a_file_truncated_since_the_check_is_named(fixed: Fixed) -> None:
         fill(fixed)
 
 
-def test_a_disk_with_too_little_space_is_refused_before_the_work(fixed: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_noticed_before_anything_is_read(fixed: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"the cache needs 0.0 GB in .*, but only 0.0 GB are free there; choose another"):
         fill(fixed)
@@ -178,7 +178,7 @@ def test_runs_that_share_a_folder_fill_it_once(fixed: Fixed) -> None:
     assert sum("Reading 1 of" in line for line in said) == 1
 
 
-def test_nodata_of_lidar_that_cannot_be_negative_is_no_tree(tmp_path: Path) -> None:
+def test_nodata_of_unsigned_lidar_is_not_vegetation(tmp_path: Path) -> None:
     heights = np.full((1000, 1000), 120, dtype=np.uint16)
     heights[0, :3] = 65535
     write_tif(tmp_path / "a.tif", heights, 440_000, 6_740_000, 1, "EPSG:2154", nodata=65535)

@@ -42,7 +42,7 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def test_a_whole_root_is_read_without_a_finding(whole: Path) -> None:
+def test_complete_tiles_are_read_without_a_finding(whole: Path) -> None:
     catalogue = read_catalogue(whole, ["30TXT"], resolution=2.5)
     assert catalogue.findings == [] and catalogue.with_angles and catalogue.with_mask
     assert catalogue.crs["30TXT"].to_epsg() == 2154
@@ -56,7 +56,7 @@ def test_a_whole_root_is_read_without_a_finding(whole: Path) -> None:
     assert patch.angles is not None and patch.angles.shape == (6, 6)
 
 
-def test_another_grid_in_metres_will_do(tmp_path: Path) -> None:
+def test_any_projected_coordinate_system_in_metres_is_accepted(tmp_path: Path) -> None:
     write_root(tmp_path, squares={"0700_4500": "training"}, images=5, crs="EPSG:32631", angles=False, mask=False)
     catalogue = read_catalogue(tmp_path, resolution=10.0)
     assert not catalogue.with_angles and not catalogue.with_mask and catalogue.crs["30TXT"].to_epsg() == 32631
@@ -64,7 +64,7 @@ def test_another_grid_in_metres_will_do(tmp_path: Path) -> None:
     assert patches[0].angles is None and patches[0].mask is None
 
 
-def test_what_is_absent_is_left_out_and_counted(root: Path) -> None:
+def test_missing_files_are_left_out_and_counted(root: Path) -> None:
     (root / IMAGE).unlink()
     (root / LIDAR.replace("0440", "0441")).unlink()
     catalogue = read_catalogue(root, resolution=5.0)
@@ -72,7 +72,7 @@ def test_what_is_absent_is_left_out_and_counted(root: Path) -> None:
     assert len(catalogue.rows) == 5 and "res_1/pH95_0441" in str(catalogue.findings[0])
 
 
-def test_a_square_without_a_mask_is_left_out_where_masks_are_in_use(root: Path) -> None:
+def test_a_square_without_a_mask_is_left_out_if_masks_are_used(root: Path) -> None:
     (root / MASK).unlink()
     edit_table(root / MASKS, lidar_id=["0440_6740", "0440_6740"])
     found = findings(read_catalogue(root, resolution=5.0, mask="no"))
@@ -165,7 +165,9 @@ def bands_in_order(root: Path, order: tuple[str, ...]) -> None:
         ),
     ],
 )
-def test_what_is_there_but_wrong_is_refused_by_name(root: Path, spoil: Callable[[Path], None], message: str) -> None:
+def test_files_that_do_not_match_the_layout_are_refused_by_name(
+    root: Path, spoil: Callable[[Path], None], message: str
+) -> None:
     spoil(root)
     with pytest.raises(InputError) as refused:
         read_catalogue(root, resolution=5.0)
@@ -193,13 +195,13 @@ def test_the_list_of_findings_is_short(root: Path) -> None:
         ({"angles": "always"}, "angles=always is not one of auto, yes, no"),
     ],
 )
-def test_arguments_that_do_not_fit_the_root(whole: Path, flags: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(whole: Path, flags: dict[str, object], message: str) -> None:
     with pytest.raises(InputError) as refused:
         read_catalogue(whole, **{"resolution": 5.0, **flags})  # type: ignore[arg-type]
     assert message in str(refused.value)
 
 
-def test_tables_that_are_absent(root: Path, tmp_path: Path) -> None:
+def test_missing_tables(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist; a folder of tiles is expected"):
         read_catalogue(tmp_path / "nowhere", resolution=5.0)
     (tmp_path / "empty").mkdir()
@@ -253,7 +255,7 @@ def test_the_published_selection(root: Path) -> None:
         select(catalogue, "validation")
 
 
-def test_images_without_angles_that_can_be_are_left_out_where_angles_are_in_use(root: Path) -> None:
+def test_images_without_valid_angles_are_left_out_if_angles_are_used(root: Path) -> None:
     angles = pd.read_csv(root / ANGLES)
     angles.loc[0, "view_zenith"] = np.nan
     angles.loc[2, "view_zenith"], angles.loc[3, "sun_azimuth"] = -9999, np.inf
@@ -263,7 +265,7 @@ def test_images_without_angles_that_can_be_are_left_out_where_angles_are_in_use(
     assert len(select(read_catalogue(root, resolution=5.0, angles="no"), "training").patches[0].images) == 6
 
 
-def test_squares_with_little_vegetation_are_left_out_where_masks_are_in_use(root: Path) -> None:
+def test_squares_with_little_vegetation_are_left_out_if_masks_are_used(root: Path) -> None:
     edit_table(root / MASKS, valid_crop=[9.9, 10.0])
     catalogue = read_catalogue(root, resolution=5.0)
     assert len(select(catalogue, "test").patches) == 1
@@ -273,7 +275,7 @@ def test_squares_with_little_vegetation_are_left_out_where_masks_are_in_use(root
     assert len(select(read_catalogue(root, resolution=5.0, mask="no"), "training").patches) == 1
 
 
-def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(tmp_path: Path) -> None:
+def test_a_square_in_two_tiles_is_in_one_context_only(tmp_path: Path) -> None:
     """Tiles overlap, and one table does not know the contexts of another."""
     root = write_root(tmp_path, images=5)
     shared = {"441_6741": "training", "0440_6741": "training", "0440_6740": "validation", "0441_6740": "training"}
@@ -290,14 +292,14 @@ def test_a_square_of_two_tiles_is_never_trained_on_where_it_is_tested(tmp_path: 
     assert str(selected["validation"]) == "3"
 
 
-def test_tiles_on_other_grids_share_no_squares(tmp_path: Path) -> None:
+def test_tiles_in_different_coordinate_systems_share_no_squares(tmp_path: Path) -> None:
     root = write_root(tmp_path, squares={"0440_6740": "training", "0441_6740": "validation"}, images=5)
     write_root(root, tile="31TDM", squares={"0440_6740": "test"}, images=5, crs="EPSG:32631")
     selected = select_disjoint(read_catalogue(root, resolution=5.0))
     assert all(len(selection.patches) == 1 and not selection.dropped for selection in selected.values())
 
 
-def test_a_context_that_others_leave_no_square_is_refused(tmp_path: Path) -> None:
+def test_a_context_left_without_squares_by_others_is_refused(tmp_path: Path) -> None:
     root = write_root(tmp_path, squares={"0440_6740": "training", "0441_6740": "validation"}, images=5)
     write_root(root, tile="31TDM", squares={"0440_6740": "test"}, images=5)
     with pytest.raises(InputError, match="every training square is also a test or validation square in another tile"):

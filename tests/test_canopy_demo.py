@@ -74,7 +74,7 @@ def test_tables_have_the_real_columns(root: Path, images: pd.DataFrame) -> None:
     assert list(pd.read_csv(root / "angles" / f"{TILE}.csv").columns) == ANGLE_COLUMNS
 
 
-def test_every_file_is_where_the_tables_say_and_none_beside(root: Path, images: pd.DataFrame) -> None:
+def test_the_files_are_those_of_the_tables(root: Path, images: pd.DataFrame) -> None:
     for row in images.itertuples():
         day = row.s2_date.replace("-", "")
         assert row.image_name == f"{row.sensor}_{day}_{TILE}_{row.lidarhd_id}.tif"
@@ -89,7 +89,7 @@ def test_every_file_is_where_the_tables_say_and_none_beside(root: Path, images: 
     assert set(files_of(root)) == expected
 
 
-def test_rasters_lie_where_their_names_say(root: Path, images: pd.DataFrame) -> None:
+def test_rasters_are_georeferenced_as_their_names_say(root: Path, images: pd.DataFrame) -> None:
     """Sizes, types, Lambert-93 grids and nodata."""
     for row in images.itertuples():
         east, north = (1000 * int(part) for part in row.lidarhd_id.split("_"))
@@ -113,7 +113,7 @@ def test_masks_table_counts_tall_vegetation(root: Path) -> None:
         assert row.valid_crop >= 10
 
 
-def test_flaws_of_real_data_are_there(root: Path, images: pd.DataFrame) -> None:
+def test_real_flaws_are_simulated(root: Path, images: pd.DataFrame) -> None:
     """Cloudy images, an orbit's edge, a missing row of angles; and still enough images of every patch."""
     assert (images["masked_pixels"] > 50).any()
     cut = images[images["ratio_border"] > 0]
@@ -137,7 +137,7 @@ def test_images_of_a_date_share_sun_and_view(root: Path) -> None:
     assert first["x"] == north - 500 and first["y"] == east + 500
 
 
-def test_a_square_of_fields_is_there_to_be_dropped(tmp_path: Path) -> None:
+def test_the_square_of_fields_has_too_little_vegetation(tmp_path: Path) -> None:
     """The first training square of each full tile has too little tall vegetation in its middle."""
     for tile in range(len(TILES)):
         square = demo._place_square(tile, 0, CONTEXT_OF_SQUARE[0], 2024, small=False)
@@ -145,7 +145,7 @@ def test_a_square_of_fields_is_there_to_be_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_no_patch_meets_another_square(tile: int) -> None:
+def test_patches_do_not_overlap_squares_of_others(tile: int) -> None:
     """Patches reach 250 m beyond their squares; contexts stay apart by more than that."""
     squares = [
         demo._place_square(tile, position, context, 2024, False) for position, context in enumerate(CONTEXT_OF_SQUARE)
@@ -158,7 +158,7 @@ def test_no_patch_meets_another_square(tile: int) -> None:
     assert all(apart(one, other) for one in squares for other in squares if one is not other)
 
 
-def test_heights_are_those_of_forests(root: Path, images: pd.DataFrame) -> None:
+def test_heights_are_realistic(root: Path, images: pd.DataFrame) -> None:
     tall = []
     for name in images["lidar_name"].unique():
         height = read(root / "lidar" / TILE / "res_1" / name)[0]
@@ -171,7 +171,7 @@ def test_heights_are_those_of_forests(root: Path, images: pd.DataFrame) -> None:
     assert low < 80 and 180 < high < 330
 
 
-def test_reflectances_are_those_of_land(root: Path, images: pd.DataFrame) -> None:
+def test_reflectances_are_realistic(root: Path, images: pd.DataFrame) -> None:
     """Band medians within a factor of those published for France."""
     clear = images[(images["masked_pixels"] < 5) & (images["valid_pixels"] == 100)]
     pixels = [read(root / "patches" / TILE / row.lidarhd_id / row.image_name) for row in clear.itertuples()]
@@ -213,7 +213,7 @@ def test_broadleaves_lose_their_leaves_and_conifers_do_not(landscape: Landscape)
 
 
 @pytest.mark.parametrize(("day", "zenith"), [(171, 25.7), (354, 70.4)])
-def test_sun_stands_in_the_morning_south(day: int, zenith: float) -> None:
+def test_sun_is_in_the_south_east(day: int, zenith: float) -> None:
     """High at midsummer, low at midwinter, east of south."""
     sun_zenith, sun_azimuth = sun_angles(day)
     assert sun_zenith == pytest.approx(zenith, abs=1.0) and 140 < sun_azimuth < 170
@@ -235,7 +235,7 @@ def test_shadows_fall_north_as_long_as_the_sun_is_low(day: int) -> None:
     assert shaded == pytest.approx(length, abs=2 * demo.CELL)
 
 
-def test_files_do_not_depend_on_the_processes(root: Path, tmp_path: Path) -> None:
+def test_files_do_not_depend_on_the_number_of_processes(root: Path, tmp_path: Path) -> None:
     """Two squares made again, each in a process of its own, are those that one process made."""
     contexts = demo.SMALL_CONTEXT_OF_SQUARE
     squares = [demo._place_square(0, position, context, 2024, small=True) for position, context in enumerate(contexts)]
@@ -252,7 +252,7 @@ def test_another_seed_is_another_landscape(landscape: Landscape) -> None:
     assert np.corrcoef(other.height.ravel(), landscape.height.ravel())[0, 1] < 0.3
 
 
-def test_a_finished_root_is_found_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_tiles_are_not_made_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_simulate", lambda *_: pytest.fail("made again"))
     assert demo_root(root.parent, small=True) == root
     assert [path.name for path in root.parent.iterdir()] == [root.name]
@@ -272,7 +272,7 @@ def test_failure_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_two_at_once_both_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_may_make_the_tiles_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both make the files; who comes second finds the first's in place."""
     together = threading.Barrier(2)
 

@@ -87,7 +87,7 @@ def test_height_classes_hold_their_lower_edge() -> None:
     assert metrics["all"]["precision"] == 1
 
 
-def test_a_shifted_map_is_right_at_its_best_shift() -> None:
+def test_a_shifted_map_has_no_error_at_its_best_shift() -> None:
     _, target, no_vegetation = heights(2, samples=2, size=20)
     shifted = torch.roll(target, (2, -1), dims=(2, 3))
     sums, counts = errors_at_best_shift(shifted, target, no_vegetation)

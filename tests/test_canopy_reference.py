@@ -44,7 +44,7 @@ def test_the_same_resolution_changes_nothing() -> None:
     np.testing.assert_array_equal(same_masked, masked)
 
 
-def test_steps_of_whole_blocks_agree_with_one() -> None:
+def test_resampling_in_two_steps_agrees_with_one() -> None:
     """1 m to 5 m to 10 m is 1 m to 10 m: the maximum of maxima."""
     fine = at_resolution(*golden_window(), 1, 5)
     for stepwise, direct in zip(at_resolution(*fine, 5, 10), at_resolution(*golden_window(), 1, 10), strict=True):
@@ -89,7 +89,7 @@ def square_of(height: int, size: int, side: int = 40) -> NDArray[np.int16]:
     return ground
 
 
-def test_components_under_25_pixels_are_no_vegetation() -> None:
+def test_components_under_25_pixels_are_not_vegetation() -> None:
     assert (vegetation_mask(square_of(100, 5)) == 0).sum() == 25
     height = square_of(100, 5)
     height[10, 10] = 0
@@ -102,7 +102,7 @@ def test_diagonal_neighbours_do_not_connect() -> None:
     assert vegetation_mask(height).all()
 
 
-def test_low_vegetation_counts_beside_trees_only() -> None:
+def test_low_vegetation_counts_only_next_to_trees() -> None:
     """Below 15 dm a pixel needs a mean of its vegetated surroundings of at least 15 dm."""
     assert vegetation_mask(square_of(14, 12)).all()
     assert (vegetation_mask(square_of(15, 12)) == 0).sum() == 144
@@ -142,7 +142,7 @@ def test_crops_are_masked_below_50_dm() -> None:
     np.testing.assert_array_equal(vegetation_mask(height, crop) == 0, height == 50)
 
 
-def test_what_a_field_leaves_over_must_be_large_enough() -> None:
+def test_small_components_are_removed_again_after_crops() -> None:
     height = square_of(30, 8)
     crop = np.ones(height.shape, dtype=bool)
     crop[10:13, 10:18] = False
@@ -151,7 +151,7 @@ def test_what_a_field_leaves_over_must_be_large_enough() -> None:
     assert (vegetation_mask(height, crop) == 0).sum() == 25
 
 
-def test_nodata_is_no_vegetation_and_pulls_no_mean_down() -> None:
+def test_nodata_is_not_vegetation_and_does_not_lower_means() -> None:
     height = square_of(20, 12)
     height[10, 10] = 14  # its window holds 15 other pixels of 20 dm
     with_nodata = np.where(height == 0, -1, height)

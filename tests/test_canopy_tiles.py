@@ -53,7 +53,7 @@ def test_shapes_and_units_of_a_batch(patches: list[CachedPatch]) -> None:
     assert batch.corner.dtype == torch.float64
 
 
-def test_images_and_heights_are_of_the_same_ground(tmp_path: Path) -> None:
+def test_images_and_heights_cover_the_same_area(tmp_path: Path) -> None:
     """Images hold their own column and row, heights (at 1 m) those of the image pixel that they lie in."""
     root = write_root(tmp_path, squares={"0440_6740": "training"}, images=5, mask=False)
     rows, columns = np.indices((150, 150))
@@ -77,7 +77,7 @@ def test_images_and_heights_are_of_the_same_ground(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("margin", "reach"), [(0, (0, 36)), (25, (0, 36)), (32, (7, 29)), (43, (18, 18))])
-def test_random_windows_reach_as_far_as_the_margin_allows(
+def test_random_windows_extend_as_far_as_the_margin_allows(
     patches: list[CachedPatch], margin: int, reach: tuple[int, int]
 ) -> None:
     samples = training(patches[:1], margin=margin, lidar_resolution=2.5, max_dates=1)
@@ -141,7 +141,7 @@ def test_the_height_of_masked_pixels_is_zero_in_training_and_test(patches: list[
     assert no_vegetation.any() and not no_vegetation.all() and (height[no_vegetation] > 0).any()
 
 
-def test_heights_at_the_output_resolution_are_not_thinned(tmp_path: Path) -> None:
+def test_heights_at_the_output_resolution_are_not_filtered(tmp_path: Path) -> None:
     root = write_root(tmp_path, squares={"0440_6740": "training"}, images=5, resolutions=(5.0,), mask=False)
     catalogue = read_catalogue(root, resolution=5.0, lidar_resolution=5.0)
     flags: dict[str, float] = {"resolution": 5.0, "lidar_resolution": 5.0}
@@ -166,7 +166,7 @@ def test_no_file_stays_mapped_after_a_sample(patches: list[CachedPatch]) -> None
     assert "images-" not in Path("/proc/self/maps").read_text()
 
 
-def test_a_cache_that_is_gone_is_named(patches: list[CachedPatch]) -> None:
+def test_a_deleted_cache_is_named(patches: list[CachedPatch]) -> None:
     gone = [patches[0]._replace(images="/nowhere/images.npy")]
     with pytest.raises(InputError, match=r"30TXT/0440_6740 is gone from the cache .*/nowhere/images.npy"):
         training(gone).sample(0, 0)
@@ -212,7 +212,7 @@ def test_statistics_leave_out_nodata_and_ground(tmp_path: Path) -> None:
     assert found.height_median == found.height_scale == 200.0
 
 
-def test_heights_change_their_unit_and_back() -> None:
+def test_heights_are_converted_there_and_back() -> None:
     decimetres = torch.tensor([0.0, 113.0, 251.5])
     standardised = PUBLISHED.standardise_height(decimetres)
     torch.testing.assert_close(standardised, torch.tensor([-113 / 138.5, 0.0, 1.0]))

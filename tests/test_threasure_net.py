@@ -177,7 +177,7 @@ def test_golden_outputs_and_count_of_the_unet() -> None:
 
 
 @pytest.mark.parametrize(("resolution", "doublings"), [(10, 0), (5, 1), (2.5, 2)])
-def test_same_as_written_plainly(resolution: float, doublings: int) -> None:
+def test_agrees_with_the_network_written_plainly(resolution: float, doublings: int) -> None:
     ours = ThreasureNet(resolution, 5, num_rdb=2, num_dense_layers=3).eval().double()
     ours.initialise(torch.Generator().manual_seed(1))
     plain = PlainThreasureNet(5, blocks=2, layers=3, doublings=doublings).eval().double()
@@ -219,7 +219,7 @@ def test_a_cut_leaves_out_pixels_and_changes_nothing_else(resolution: float, cha
 @pytest.mark.parametrize(
     ("resolution", "upsampling"), [(10, "shuffle"), (5, "shuffle"), (2.5, "shuffle"), (2.5, "interpolation")]
 )
-def test_no_output_pixel_sees_beyond_the_margin(resolution: float, upsampling: str) -> None:
+def test_no_output_pixel_depends_on_pixels_beyond_the_margin(resolution: float, upsampling: str) -> None:
     network = small_network(resolution, upsampling=upsampling)
     assert network.margin == 8
     inputs = random_inputs(23, 23)
@@ -242,7 +242,7 @@ def test_the_margin_follows_from_the_receptive_field(blocks: int, layers: int, r
     assert ThreasureNet(resolution, 5, num_rdb=blocks, num_dense_layers=layers).margin == margin
 
 
-def test_padding_costs_and_changes_nothing() -> None:
+def test_padding_is_not_computed_and_changes_nothing() -> None:
     network = small_network()
     images, days, lidar_day, padding = random_inputs(12, 12)
     seen = []
@@ -256,7 +256,7 @@ def test_padding_costs_and_changes_nothing() -> None:
     assert_alike(list(alone), [part[1:] for part in both])
 
 
-def test_dropout_depends_on_the_samples_generator_alone() -> None:
+def test_dropout_depends_only_on_the_samples_generator() -> None:
     network = small_network().train()
     inputs = random_inputs(10, 10)
 
@@ -283,7 +283,7 @@ def test_dropout_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("encoder", ["rdn", "unet"])
-def test_initial_weights_depend_on_the_generator_alone(encoder: str) -> None:
+def test_initial_weights_depend_only_on_the_generator(encoder: str) -> None:
     first, second, other = (small_network(encoder=encoder) for _ in range(3))
     torch.randn(3)
     second.float().initialise(torch.Generator().manual_seed(1))
@@ -350,7 +350,7 @@ def test_bfloat16_stays_close(encoder: str) -> None:
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         small_network(**{"resolution": 5} | changes)
 

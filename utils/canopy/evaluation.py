@@ -1,4 +1,4 @@
-"""What a validation or a test collects of its windows, batch by batch and over processes."""
+"""The result of a validation or test, accumulated over batches and processes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ SCENES = 3  # windows kept for a plot
 
 @dataclass
 class Evaluation:
-    """What the network does on the samples of a context.
+    """The result of a validation or test.
 
     Attributes:
-        loss: mean over samples of the loss of each alone, so that it depends on no batch.
+        loss: mean over the samples of the loss of each, so that it does not depend on batches.
         scores: metrics by group, in metres.
         histogram: pixels by height of the reference (row) and of the prediction (column).
         scenes: the first windows.
@@ -37,12 +37,12 @@ class Evaluation:
 
 
 class EvaluationCollector:
-    """Collects an `Evaluation`, of windows that the processes share.
+    """Accumulates an `Evaluation` over batches and processes.
 
     Args:
         fabric: the processes.
-        tiles: names of the tiles that will come.
-        resolution: of the heights, m.
+        tiles: names of all tiles.
+        resolution: pixel size of the heights, m.
     """
 
     def __init__(self, fabric: "Fabric", tiles: Iterable[str], resolution: float) -> None:
@@ -62,15 +62,15 @@ class EvaluationCollector:
         images: Tensor,
         names: Sequence[str],
     ) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
-            losses: of each sample.
-            metres: predicted heights, (sample, 1, row, column).
-            vegetation: its predicted probability, (sample, 1, row, column).
+            losses: one per sample.
+            metres: predicted heights in metres, (sample, 1, row, column).
+            vegetation: predicted probability of tall vegetation, (sample, 1, row, column).
             reference: heights in metres, (sample, 1, row, column).
             no_vegetation: True where there is no tall vegetation, (sample, 1, row, column).
-            images: one of each sample to plot, (sample, band, row, column), reflectance x 10 000, nan where missing.
+            images: one per sample to plot, (sample, band, row, column), reflectance x 10 000, nan where missing.
             names: tile/patch of each sample.
         """
         for loss in losses:
