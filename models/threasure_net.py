@@ -15,6 +15,11 @@ What makes it fast, measured by `benchmarks.canopy_speed` against the same netwo
   layer would have to be kept for the backward pass.
 - Tensors are channels-last.
 - All pixels share one query, so no keys are computed: the key projection is folded into the query.
+
+Apart: a training step (96 x 96 pixels, 2 dates, one core, float32) takes 1.61 s written plainly, 0.64 s with a margin of 32
+pixels cut off, and 0.56 s here, of which channels-last saves 2 to 6 % and the shared query nothing measurable; blocks that
+concatenate take 4 % longer (23 % with bfloat16; 13 and 37 % without a cut), and on whole windows a step's peak memory is
+95 % of that written plainly instead of 37 %.
 """
 
 import math
