@@ -378,7 +378,7 @@ def build_mapper(spec: Spec) -> Callable[[Window], tuple[NDArray[np.int16], NDAr
     def predict(net: ThreasureNet, images: torch.Tensor, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Height in dm and probability of vegetation, (row, column), of images (date, band, row, column)."""
         inputs = standardise(images[None], None if angles is None else angles[numbers][None], statistics)
-        padding = torch.zeros(1, len(numbers), dtype=torch.bool, device=device)
+        padding = torch.zeros(1, len(numbers), dtype=torch.bool)
         dates = (days[numbers][None], torch.tensor([spec.day], device=device), padding)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
             height, logit = net(inputs, *dates, cut=spec.reach)
