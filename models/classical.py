@@ -20,6 +20,8 @@ from sklearn.preprocessing import StandardScaler
 
 from utils.errors import InputError
 
+NOISE = 1e-5  # of Rocket's maxima, sums of up to some dozen products of about 1
+
 Array = NDArray[np.floating[Any]]
 
 
@@ -144,7 +146,8 @@ class Rocket:
         self.ridge = RidgeCV(alphas=np.logspace(-3, 3, 10))
 
     def _features(self, x: Array, covariates: Array) -> Array:
-        return np.concatenate([np.asarray(self.transform.transform(x.astype(np.float32))), covariates], axis=1)
+        features = np.asarray(self.transform.transform(x.astype(np.float32)), dtype=np.float64)
+        return np.concatenate([features, covariates], axis=1)
 
     def fit(self, x: Array, covariates: Array, y: Array) -> Self:
         """Fit on x (sample, band, step), covariates (sample, channel), y (sample,)."""
@@ -153,7 +156,11 @@ class Rocket:
                 "Rocket normalises each series by its own mean and deviation, which takes at least 2 time steps"
             )
         self.transform.fit(x.astype(np.float32))
-        self.ridge.fit(self.scaler.fit_transform(self._features(x, covariates)), y.astype(np.float64))
+        features = self._features(x, covariates)
+        self.scaler.fit(features)
+        # A maximum that differs by what single precision rounds off is noise, which its own scale would blow up.
+        self.scaler.scale_[self.scaler.scale_ < NOISE] = 1
+        self.ridge.fit(self.scaler.transform(features), y.astype(np.float64))
         return self
 
     def predict(self, x: Array, covariates: Array) -> Array:

@@ -211,6 +211,14 @@ def test_rocket_is_sktimes_rocket_regressor() -> None:
     np.testing.assert_allclose(ours.predict(x[40:], none[40:]), reference.predict(x[40:]), rtol=1e-4, atol=1e-5)
 
 
+def test_rocket_makes_nothing_of_rounding() -> None:
+    """In short series some kernels give the same number for all but what single precision rounds off."""
+    x, none, y = sample_problem(steps=5)
+    rocket = Rocket(seed=3, num_kernels=100).fit(x[:200], none[:200], y[:200])
+    moved = np.nextafter(x[200:], np.float32(np.inf))
+    np.testing.assert_allclose(rocket.predict(moved, none[200:]), rocket.predict(x[200:], none[200:]), atol=1e-3)
+
+
 def test_ridge_and_gaussian_process_find_a_linear_signal() -> None:
     x, none, y = sample_problem()
     for estimator in (Ridge(seed=0), GaussianProcess(seed=0)):
