@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from datasets import published_grassland as published
 from datasets import series_table
+from datasets.finished_run import SAMPLES, write_samples
 from datasets.series_table import FOLDS, SPLIT_PROCEDURES, Table
 from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags, settings_of
 from utils import plots, runs
@@ -399,6 +400,7 @@ def report_results(run: Run) -> None:
     predictions = pd.concat(tables, ignore_index=True)
     with runs.whole_file(Path("predictions.csv")) as beside:
         predictions.to_csv(beside, index=False, float_format="%.9g")
+    write_samples(Path(SAMPLES), run.samples, np.concatenate([ids.test for ids in run.splits]))
     plot_results(run, predictions, scores)
     for name, value in summary.items():
         run.events.add_scalar(name, value)
@@ -420,9 +422,8 @@ def doubt_about(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -
 
 def plot_results(run: Run, predictions: pd.DataFrame, scores: list[Scores]) -> None:
     """Draw the scatter of all test rows and, for networks, the losses."""
-    flags, target = run.flags, run.flags["study_var"]
-    known = published.STUDY_VARIABLES.get(target, target)
-    target = known if flags["unit"] == "auto" else f"{target} ({flags['unit']})"
+    flags = run.flags
+    target = published.target_of(flags["study_var"], flags["unit"])
     ensemble = f" x {flags['ensemble_count']}" if flags["ensemble_count"] > 1 else ""
     source = f"{run.table.name}, n = {len(predictions):,}, seed {flags['seed']}"
     title = f"{flags['model']}{ensemble}: {target.partition(' (')[0]}\n{source}"

@@ -32,6 +32,11 @@ def is_published(columns: Iterable[str]) -> bool:
     return {PLOT, YEAR, REGION, KEY, *PREDICTORS} <= present and not present.isdisjoint(STUDY_VARIABLES)
 
 
+def target_of(study_var: str, unit: str) -> str:
+    """How a plot's axis names a study variable: with its unit, which is known of the published ones (unit: auto)."""
+    return STUDY_VARIABLES.get(study_var, study_var) if unit == "auto" else f"{study_var} ({unit})"
+
+
 def left_out(keys: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
     """Which rows the authors left out, by reason; keys has the columns plot and year."""
     return {

@@ -170,7 +170,7 @@ def _read_sheet(path: Path, sheet: str | int) -> pd.DataFrame:
     # With a named engine, pandas does not ask for other packages if a file is not what its ending says.
     with pd.ExcelFile(path, engine="openpyxl") as workbook:
         if isinstance(sheet, str) and sheet not in workbook.sheet_names:
-            raise InputError(f"{path} has no sheet {sheet!r}; it has {_listed(map(str, workbook.sheet_names))}")
+            raise InputError(f"{path} has no sheet {sheet!r}; it has {listed(map(str, workbook.sheet_names))}")
         rows = workbook.parse(sheet)
         if len(workbook.sheet_names) > 1:
             rows.attrs["sheet"] = workbook.sheet_names[0] if sheet == 0 else sheet
@@ -255,20 +255,20 @@ def prepare(
     _refuse_repeated_columns(table, columns)
     rows, lines = table.rows, pd.Series(np.arange(2, len(table.rows) + 2), index=table.rows.index)
     names = [*sum(columns.predictors, ()), study_var]
-    numbers = {name: _numbers(table, columns, name, nodata) for name in names}
+    numbers = {name: numbers_of_column(table, columns, name, nodata) for name in names}
     keys: dict[str, pd.Series[Any]] = {}
-    keys["key"] = _names(table, columns.key) if columns.key else lines
-    keys["plot"] = _names(table, columns.plot) if columns.plot else lines
+    keys["key"] = names_of(table, columns.key) if columns.key else lines
+    keys["plot"] = names_of(table, columns.plot) if columns.plot else lines
     if columns.year:
-        keys["year"] = _numbers(table, columns, columns.year, ())
+        keys["year"] = numbers_of_column(table, columns, columns.year, ())
         _refuse(table, columns, columns.year, keys["year"] % 1 > 0, "is not a whole year")
     if columns.region:
-        keys["region"] = _names(table, columns.region)
+        keys["region"] = names_of(table, columns.region)
     if columns.key:
         repeated = keys["key"].astype(str).duplicated() & keys["key"].notna()
         _refuse(table, columns, columns.key, repeated, "appears more than once; a key must be unique")
     covariate_values = {
-        name: _numbers(table, columns, name, nodata) if _is_numeric(rows[name]) else _names(table, name)
+        name: numbers_of_column(table, columns, name, nodata) if is_numeric(rows[name]) else names_of(table, name)
         for name in columns.covariates
     }
     values = pd.DataFrame({**numbers, **covariate_values}, index=rows.index)
@@ -314,8 +314,8 @@ def _role(table: Table, role: str, name: str, *, required: bool) -> str | None:
     hint = _similar_column(table, name) or f"; {role}_column=... names another column"
     if role == "plot":
         hint += f" and {role}_column={NO_COLUMN} makes each row a plot"
-    text = [column for column in table.rows.columns if not _is_numeric(table.rows[column])]
-    there = f" (columns with text: {_listed(text)})" if text else f" (its columns are {_listed(table.rows.columns)})"
+    text = [column for column in table.rows.columns if not is_numeric(table.rows[column])]
+    there = f" (columns with text: {listed(text)})" if text else f" (its columns are {listed(table.rows.columns)})"
     raise InputError(f"{table.name} has no column {name!r}, which gives the {role} of a row{hint}{there}")
 
 
@@ -336,7 +336,7 @@ def _find_columns(
     taken = {*roles.values(), *covariates, study_var}
     found: dict[tuple[str, int], str] = {}
     for column in rows.columns:
-        may_be = column not in taken and (_is_numeric(rows[column]) or rows[column].isna().all())
+        may_be = column not in taken and (is_numeric(rows[column]) or rows[column].isna().all())
         if may_be and (match := PREDICTOR.fullmatch(column)):
             place = (match[1], int(match[2]))
             if place in found:
@@ -353,9 +353,9 @@ def _find_columns(
             raise InputError(f"covariates={name}: the study variable cannot be an input, too")
     if rows.empty:
         raise InputError(f"{table.name} has no rows below its column names")
-    if study_var not in rows.columns or not _is_numeric(rows[study_var]):
-        others = [name for name in rows.columns if _is_numeric(rows[name]) and name not in {*found.values(), *taken}]
-        beside = f"; columns with numbers that are no predictors: {_listed(others)}" if others else ""
+    if study_var not in rows.columns or not is_numeric(rows[study_var]):
+        others = [name for name in rows.columns if is_numeric(rows[name]) and name not in {*found.values(), *taken}]
+        beside = f"; columns with numbers that are no predictors: {listed(others)}" if others else ""
         if study_var in rows.columns:
             raise InputError(
                 f"{table.name}, column {study_var!r}: '{rows[study_var].iloc[0]}' is not a number, as the study "
@@ -372,12 +372,12 @@ def _find_columns(
     if not found:
         raise InputError(
             f"{table.name} has no predictors: numbers in columns <band>_<step>, such as B02_1, are expected; it has the "
-            f"columns {_listed(rows.columns)}"
+            f"columns {listed(rows.columns)}"
         )
     for flag, wanted, there in (("bands", bands, present), ("steps", steps, present_steps)):
         absent = [one for one in wanted if one not in there]
         if absent:
-            raise InputError(f"{flag}: {absent[0]} is not among those of {table.name}, which are {_listed(map(str, there))}")
+            raise InputError(f"{flag}: {absent[0]} is not among those of {table.name}, which are {listed(map(str, there))}")
     chosen_bands = tuple(band for band in present if not bands or band in bands)
     # Of the chosen bands: others may have further steps.
     chosen_steps = tuple(s for s in present_steps if (s in steps if steps else any((b, s) in found for b in chosen_bands)))
@@ -390,8 +390,8 @@ def _find_columns(
         empty = [name for name in holes if name in rows.columns]
         hint = f"; {empty[0]!r} has no numbers" if empty else _similar_column(table, holes[0])
         raise InputError(
-            f"{table.name}: the grid of {len(chosen_bands)} bands ({_listed(chosen_bands)}) x {len(chosen_steps)} steps has "
-            f"holes: no column {_listed(map(repr, holes))}; bands=... and steps=... select a complete part{hint}"
+            f"{table.name}: the grid of {len(chosen_bands)} bands ({listed(chosen_bands)}) x {len(chosen_steps)} steps has "
+            f"holes: no column {listed(map(repr, holes))}; bands=... and steps=... select a complete part{hint}"
         )
     for column in rows.columns:
         match = None if column in {*taken, *found.values()} else PREDICTOR.fullmatch(column)
@@ -418,7 +418,7 @@ def _without_strays(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], 
     return {(band, step): name for (band, step), name in found.items() if not steps or counts[band] > 1 or step in steps}
 
 
-def _is_numeric(column: "pd.Series[Any]") -> bool:
+def is_numeric(column: "pd.Series[Any]") -> bool:
     """Whether the column has any number."""
     return column.dtype != bool and bool(pd.to_numeric(column, errors="coerce").notna().any())
 
@@ -430,7 +430,7 @@ def _refuse_repeated_columns(table: Table, columns: Columns) -> None:
             raise InputError(f"{table.name} has the column {column!r} more than once")
 
 
-def _numbers(table: Table, columns: Columns, name: str, nodata: Sequence[float]) -> "pd.Series[float]":
+def numbers_of_column(table: Table, columns: Columns, name: str, nodata: Sequence[float]) -> "pd.Series[float]":
     """A column as float64, missing where it is empty or nodata.
 
     Raises:
@@ -445,7 +445,7 @@ def _numbers(table: Table, columns: Columns, name: str, nodata: Sequence[float])
     return numbers.mask(numbers.isin(nodata))
 
 
-def _names(table: Table, column: str) -> "pd.Series[Any]":
+def names_of(table: Table, column: str) -> "pd.Series[Any]":
     """A column of names, stripped of surrounding spaces.
 
     Raises:
@@ -516,7 +516,7 @@ def _similar_column(table: Table, name: str) -> str:
     return f"; there is {alike[0]!r}, which differs in spaces or capitals" if alike else ""
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first names, and the number of further ones."""
     every = list(names)
     more = len(every) - NAMES_LISTED
@@ -540,7 +540,7 @@ def describe(table: Table, samples: Samples) -> str:
     steps = f"{len(columns.steps)} step{'s' * (len(columns.steps) > 1)} ({_as_ranges(columns.steps)})"
     parts = [
         f"{table.name}, {len(samples.y)} rows used",
-        f"{len(columns.bands)} band{'s' * (len(columns.bands) > 1)} ({_listed(columns.bands)}) x {steps}",
+        f"{len(columns.bands)} band{'s' * (len(columns.bands) > 1)} ({listed(columns.bands)}) x {steps}",
         f"target {columns.target}",
         f"{keys['plot'].nunique()} plots" if columns.plot else "each row a plot",
         *(f"{keys[role].nunique()} {role}s" if role in keys else f"no {role}s" for role in ("year", "region")),
@@ -554,9 +554,9 @@ def describe(table: Table, samples: Samples) -> str:
     dropped = [f"{reason} ({count})" for reason, count in samples.dropped.items()]
     if samples.missing:
         most = sorted(samples.missing.items(), key=lambda item: -item[1])
-        dropped[0] += f" in {_listed(f'{name} {count}' for name, count in most)}"
+        dropped[0] += f" in {listed(f'{name} {count}' for name, count in most)}"
     parts.append(f"dropped: {', '.join(dropped)}")
-    ignored = f"{len(columns.ignored)} ({_listed(columns.ignored)})" if columns.ignored else "none"
+    ignored = f"{len(columns.ignored)} ({listed(columns.ignored)})" if columns.ignored else "none"
     return ", ".join(parts) + f", ignored columns: {ignored}"
 
 
