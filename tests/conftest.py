@@ -71,21 +71,27 @@ class Ended(NamedTuple):
 
 
 def _in_process(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    afresh: bool = True,
 ) -> Callable[..., Ended]:
-    """Run a script's main function in this process and the test's folder."""
+    """Run a script's main function in this process and a folder; afresh: each call is a run of its own."""
     module = importlib.import_module(script)
     from utils.runs import run_or_explain
 
     for name in ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
 
     def run(*flags: str) -> Ended:
         arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
         monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
-        # Each call is a run of its own; figures in the folder would end it.
-        Path("metrics.json").unlink(missing_ok=True)
+        if afresh:
+            # Figures in the folder would end the run.
+            Path("metrics.json").unlink(missing_ok=True)
         try:
             run_or_explain(module.main)
         except SystemExit as ended:
@@ -117,6 +123,13 @@ def run_canopy_map(
     """Run canopy_map.py in this process, alone unless the test says otherwise."""
     run = _in_process("canopy_map", tmp_path, monkeypatch, capsys)
     return lambda *flags: run(*([] if any(flag.startswith("workers=") for flag in flags) else ["workers=1"]), *flags)
+
+
+@pytest.fixture
+def run_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run predict.py in this process and the folder `predict` of the test's own."""
+    (tmp_path / "predict").mkdir()
+    return _in_process("predict", tmp_path / "predict", monkeypatch, capsys, afresh=False)
 
 
 @pytest.fixture(scope="session")

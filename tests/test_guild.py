@@ -174,6 +174,24 @@ def test_canopy_runs_and_compares_under_guild(small_tiles: Path, tmp_path: Path)
     assert json.loads(metrics.read_text())["flags"]["angles"] == "no"
 
 
+def test_predict_by_itself_applies_the_newest_run(
+    guild: Callable[..., subprocess.CompletedProcess[str]], home: Path
+) -> None:
+    assert guild("run", "main", "--yes", "dataset=demo", "model=Ridge").returncode == 0
+    applied = compared(guild)[0]["run"]
+    done = guild("run", "predict", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "unsupported flag type" not in done.stderr
+    row = compared(guild)[0]
+    assert row["operation"] == "predict" and row["label"] == f"predict simulated run {applied}"
+    assert float(row["r2"]) > 0.3 and 0.8 < float(row["coverage"]) <= 1 and 0.8 < float(row["inside"]) <= 1
+    # By the beginning of its id, which may have digits alone.
+    again = guild("run", "predict", "--yes", f"run={applied}", "level=0.5")
+    assert again.returncode == 0, again.stderr
+    assert float(compared(guild)[0]["coverage"]) < float(row["coverage"])
+    assert len(list(home.glob("runs/*/predictions.parquet"))) >= 2
+
+
 def test_restart_resumes_a_killed_run(guild: Callable[..., subprocess.CompletedProcess[str]], home: Path) -> None:
     before = set(home.glob("runs/*"))
     command = [str(GUILD), "run", "--yes", "main", *SHORT, "epochs=60", "warmup_epochs=5"]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import hashlib
 import io
 import json
 import math
@@ -50,7 +51,8 @@ def how_to_resume() -> str:
 def say_where_results_are(files: Sequence[str]) -> None:
     """Name the run's folder, the files in it, and what to do next."""
     run = os.environ.get("RUN_ID")
-    say(f"Results: {Path.cwd()} (metrics.json, models/, {', '.join(files)})")
+    models = ["models/"] if Path("models").exists() else []
+    say(f"Results: {Path.cwd()} ({', '.join(['metrics.json', *models, *files])})")
     if run:
         say(f"Next: `guild compare` for a table of runs, `guild open {run[:8]}` for its files")
 
@@ -147,6 +149,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path} is not a file of weights that this project wrote: {error}") from error
 
 
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """sha256 of the content of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def write_checkpoint(path: Path, document: Mapping[str, Any]) -> None:
     """Write numbers, text, lists and tensors whole, as a checkpoint from which the run itself resumes."""
     buffer = io.BytesIO()  # in memory first: PyTorch's own writer does not raise an OSError when the disk is full
@@ -203,7 +214,7 @@ def finished_before(flags: Mapping[str, Any]) -> bool:
     if not path.exists() or Path(CHECKPOINT).exists():
         return False
     refuse_other_flags(path.absolute(), json.loads(path.read_text(encoding="utf-8"))["flags"], flags)
-    say(f"This run is complete and its results are kept; start {a_new_run()} to train again")
+    say(f"This run is complete and its results are kept; start {a_new_run()} to compute them again")
     return True
 
 

@@ -1,0 +1,160 @@
+"""Speed and memory of a map by operation predict, against the networks alone on tensors in memory, in one run.
+
+    python -m benchmarks.map_speed [--side 192] [--rounds 3] [--sides 512 1024 1536]
+
+The map is that of ResNet18T at its default flags in five folds, 16 GeoTIFFs of ten bands, by one worker of one thread: files
+are read and written, series scaled, intervals and dissimilarities computed. The networks alone are the same five, on
+as many pixels, by one thread in batches of the size that suits them best. Memory is that of maps of an MLP, which is quick,
+of growing sides, by two workers: the most that the run and its workers hold together (PSS), and what a Sentinel-2 tile of
+10 980 x 10 980 pixels would need if it grew on from the two largest in proportion to the pixels.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import rasterio
+import torch
+from rasterio import Affine
+from rasterio.crs import CRS
+
+from datasets.demo_rasters import simulate_images
+from datasets.published_grassland import BANDS
+from models import make_network
+from utils.runs import project_folder, read_tensors
+
+BATCHES = (128, 256, 512, 1024, 4096)
+TILE_SIDE = 10_980
+
+
+def run(script: str, folder: Path, **flags: object) -> float:
+    """Run a script in a folder; the most memory that it and its processes held together, MB."""
+    folder.mkdir()
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(project_folder() / script), *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(project_folder())}
+    most = 0.0
+    with subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        own = psutil.Process(process.pid)
+        while process.poll() is None:
+            held = 0.0
+            for one in (own, *own.children(recursive=True)):
+                try:
+                    held += one.memory_full_info().pss / 1e6
+                except psutil.Error:
+                    continue  # it has just ended
+            most = max(most, held)
+            time.sleep(0.1)
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    if process.returncode:
+        sys.exit(errors)
+    return most
+
+
+def train(folder: Path, model: str) -> None:
+    """A finished run of main on the simulated table; its networks need not be good."""
+    run("main.py", folder, dataset="demo", model=model, epochs=1, warmup_epochs=0)
+
+
+def write_rasters(folder: Path, side: int) -> None:
+    """The simulated landscape, over and over, as 16 GeoTIFFs of ten bands."""
+    folder.mkdir()
+    profile = {"driver": "GTiff", "height": side, "width": side, "count": len(BANDS), "dtype": "uint16", "nodata": 0}
+    profile |= {"crs": CRS.from_epsg(32632), "transform": Affine(10, 0, 500_000, 0, -10, 5_400_000)}
+    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
+    images = simulate_images()[:, :, :, 80:]  # without the swath's edge
+    repeats = (1, -(-side // images.shape[2]), -(-side // images.shape[3]))
+    for step, image in enumerate(images, start=1):
+        with rasterio.open(folder / f"image_202006{step:02d}.tif", "w", **profile) as raster:
+            raster.write(np.tile(image, repeats)[:, :side, :side])
+
+
+def map_rate(folder: Path) -> float:
+    """Pixels/s of a finished map, from the start of its workers to the written file."""
+    summary = json.loads((folder / "metrics.json").read_text())["summary"]
+    return float(summary["pixels"] / summary["seconds"])
+
+
+def network_rate(folder: Path, pixels: int) -> dict[int, float]:
+    """Pixels/s by batch size of the five networks alone, one thread, tensors in memory."""
+    torch.set_num_threads(1)
+    networks = []
+    for path in sorted(folder.glob("models/*.safetensors")):
+        tensors, record = read_tensors(path)
+        network = make_network(record["flags"]["model"], len(record["bands"]), len(record["steps"]), record["flags"])
+        network.load_state_dict({name.removeprefix("member_1."): tensor for name, tensor in tensors.items()})
+        networks.append(network.eval())
+    x = torch.randn(pixels, 10, 16)
+    rates = {}
+    with torch.inference_mode():
+        for batch in BATCHES:
+            for network in networks:
+                network(x[:batch])
+            started = time.perf_counter()
+            for part in x.split(batch):
+                for network in networks:
+                    network(part)
+            rates[batch] = pixels / (time.perf_counter() - started)
+    return rates
+
+
+def measure_speed(folder: Path, side: int, rounds: int) -> None:
+    """Print the rate of maps and that of the networks alone."""
+    train(folder / "ResNet18T", "ResNet18T")
+    write_rasters(folder / "rasters", side)
+    maps, alone = [], []
+    for number in range(1, rounds + 1):
+        place = folder / f"map_{number}"
+        run("predict.py", place, run=folder / "ResNet18T", input=folder / "rasters", workers=1)
+        maps.append(map_rate(place))
+        rates = network_rate(folder / "ResNet18T", side**2 // 4)
+        batch = max(rates, key=lambda size: rates[size])
+        alone.append(rates[batch])
+        print(f"round {number}: map {maps[-1]:.0f} pixels/s, networks alone {alone[-1]:.0f} (batches of {batch})")
+    share = statistics.median(maps) / statistics.median(alone)
+    print(f"{side} x {side} pixels, one thread: the map has {share:.0%} of the networks' throughput")
+
+
+def measure_memory(folder: Path, sides: Sequence[int]) -> None:
+    """Print the most memory that maps of growing sides take, and what a tile would."""
+    train(folder / "MLP", "MLP")
+    measured = []
+    for side in sides:
+        write_rasters(folder / f"rasters_{side}", side)
+        most = run("predict.py", folder / f"mlp_{side}", run=folder / "MLP", input=folder / f"rasters_{side}", workers=2)
+        measured.append((side**2, most))
+        rate = map_rate(folder / f"mlp_{side}")
+        print(f"{side} x {side} pixels, MLP, two workers: {most:.0f} MB at most, {rate:.0f} pixels/s")
+    if len(measured) > 1:
+        (before, low), (last, high) = measured[-2:]
+        growth = max(0.0, (high - low) / (last - before))
+        tile = high + growth * (TILE_SIDE**2 - last)
+        print(f"growth {growth * 1e6:.1f} MB a million pixels: {tile:.0f} MB for {TILE_SIDE} x {TILE_SIDE}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=192, help="pixels of a side of the map whose speed is measured")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds of map and networks, 0 for none")
+    parser.add_argument("--sides", type=int, nargs="*", default=(512, 1024, 1536), help="of those whose memory is measured")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        if arguments.rounds:
+            measure_speed(Path(name), arguments.side, arguments.rounds)
+        if arguments.sides:
+            measure_memory(Path(name), arguments.sides)
+
+
+if __name__ == "__main__":
+    main()

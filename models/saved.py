@@ -1,0 +1,151 @@
+"""The models of a finished run of main, restored from their tensors and records; nothing is unpickled.
+
+folds = load_folds(folder, device)
+predictions = predict_fold(folds[0], x, covariates)      (member, sample)
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from datasets.finished_run import Covariates, Trained, scale_like
+from datasets.series_table import Inputs, channels
+from models import ESTIMATORS, NETWORKS, make_network
+from models.classical import Estimator
+from utils.errors import InputError
+from utils.runs import read_tensors
+from utils.seeds import PERMUTATIONS, generator_for
+from utils.training import forward
+
+ROWS_AT_ONCE = {"cpu": 256, "cuda": 16_384}  # of a core, whose cache then holds the activations, and of a GPU
+IMPORTANCE_ROWS = 2000  # most rows of a run that importance is computed from
+IMPORTANCE_REPEATS = 3  # orders of a band's series that are tried
+
+Member = Callable[[Inputs], NDArray[np.float64]]
+"""One model: from standardised inputs to predictions (sample,) in the target's unit."""
+
+
+class SavedFold(NamedTuple):
+    """A fold's models.
+
+    Attributes:
+        record: beside their weights: flags, bands, steps, scalers.
+        members: the models.
+        rows_at_once: that they predict.
+    """
+
+    record: dict[str, Any]
+    members: list[Member]
+    rows_at_once: int
+
+
+def load_folds(folder: Path, device: torch.device) -> list[SavedFold]:
+    """The folds of a finished run, in order.
+
+    Raises:
+        InputError: a file is absent or damaged, or the present code has no such model or another of that name.
+    """
+    count = len(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["folds"])
+    return [load_fold(folder / "models" / f"fold_{number}.safetensors", device) for number in range(1, count + 1)]
+
+
+def load_fold(path: Path, device: torch.device) -> SavedFold:
+    """A fold's models from their file.
+
+    Raises:
+        InputError: the file is damaged, or the present code has no such model or another of that name.
+    """
+    tensors, record = read_tensors(path)
+    flags = record["flags"]
+    model = flags["model"]
+    if model not in NETWORKS and model not in ESTIMATORS:
+        raise InputError(f"{path} holds a {model}, which models/__init__.py does not register")
+    members: list[Member] = []
+    for number in range(1, flags["ensemble_count"] + 1):
+        start = f"member_{number}."
+        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        try:
+            if model in ESTIMATORS:
+                estimator = ESTIMATORS[model].from_tensors({name: tensor.numpy() for name, tensor in own.items()})
+                members.append(partial(_estimate, estimator))
+                continue
+            inputs = len(record["bands"]) + sum(len(one.get("categories", [0])) for one in record["covariates"])
+            network = make_network(model, inputs, len(record["steps"]), flags)
+            network.load_state_dict(own)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: its weights do not fit the {model} of the present code: {error}") from error
+        offset, factor = record["target_offset_and_factor"]
+        members.append(partial(_predict, network.to(device).eval(), flags["precision"], device, offset, factor))
+    return SavedFold(record, members, ROWS_AT_ONCE[device.type])
+
+
+def _estimate(estimator: Estimator, inputs: Inputs) -> NDArray[np.float64]:
+    return np.asarray(estimator.predict(inputs.x, inputs.covariates), dtype=np.float64)
+
+
+@torch.no_grad()
+def _predict(
+    network: nn.Module, precision: str, device: torch.device, offset: float, factor: float, inputs: Inputs
+) -> NDArray[np.float64]:
+    x = torch.from_numpy(channels(inputs)).to(device)
+    return (forward(network, x, precision) * factor + offset).cpu().double().numpy()
+
+
+def predict_fold(fold: SavedFold, x: NDArray[np.floating], covariates: Covariates) -> NDArray[np.float64]:
+    """Predictions (member, sample) of new samples, in the target's unit.
+
+    Args:
+        fold: of the run.
+        x: (sample, band, step), in the units of the run's table.
+        covariates: of the samples.
+    """
+    parts = []
+    for start in range(0, len(x), fold.rows_at_once):
+        rows = slice(start, start + fold.rows_at_once)
+        inputs = scale_like(fold.record, x[rows], {name: values[rows] for name, values in covariates.items()})
+        parts.append(np.stack([member(inputs) for member in fold.members]))
+    return np.concatenate(parts, axis=1)
+
+
+def permutation_importance(trained: Trained, folds: Sequence[SavedFold]) -> dict[str, float]:
+    """How much the mean squared error grows when a band or covariate is permuted among rows; at least 0 (Breiman 2001).
+
+    Each fold's ensemble predicts the rows that it was tested on. A band is permuted with all its steps together: one step
+    alone, of a smooth series, the model would make up from its neighbours, and a band needs as many predictions as a step.
+    Of a run of more rows than `IMPORTANCE_ROWS` so many are drawn.
+    """
+    names = [*trained.columns.bands, *trained.columns.covariates]
+    seed = int(trained.flags["seed"])
+    chosen = torch.randperm(len(trained.x), generator=generator_for(seed, PERMUTATIONS, 0)).numpy()[:IMPORTANCE_ROWS]
+    errors = np.zeros(len(names))
+    for number, fold in enumerate(tqdm(folds, "Weighing the bands...", unit="fold", leave=False), start=1):
+        rows = np.sort(chosen[trained.folds[chosen] == number])
+        if not len(rows):
+            continue
+        x, observed = trained.x[rows], trained.observed[rows]
+        covariates = {name: values[rows] for name, values in trained.covariates.items()}
+
+        def error(x: NDArray[np.floating], covariates: Covariates, fold: SavedFold, observed: NDArray[np.float64]) -> float:
+            return float(((predict_fold(fold, x, covariates).mean(0) - observed) ** 2).sum())
+
+        before = error(x, covariates, fold, observed)
+        generator = generator_for(seed, PERMUTATIONS, number)
+        for _ in range(IMPORTANCE_REPEATS):
+            order = torch.randperm(len(rows), generator=generator).numpy()
+            for index, name in enumerate(names):
+                if index < x.shape[1]:
+                    permuted = x.copy()
+                    permuted[:, index] = x[order, index]
+                    after = error(permuted, covariates, fold, observed)
+                else:
+                    after = error(x, {**covariates, name: covariates[name][order]}, fold, observed)
+                errors[index] += (after - before) / IMPORTANCE_REPEATS
+    return dict(zip(names, np.maximum(errors / len(chosen), 0).tolist(), strict=True))
