@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date, timedelta
@@ -19,15 +18,23 @@ import pytest
 import rasterio
 import torch
 from canopy_root import SPECTRUM, write_root, write_tif
-from conftest import PROJECT, Ended, environment
+from conftest import PROJECT, Ended, environment, wait_for
 from numpy.typing import NDArray
+from rasterio import Affine
+from rasterio.crs import CRS
+from rasterio.enums import Resampling
+from rasterio.warp import reproject, transform_bounds
+from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 from scipy import ndimage
 
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
 from datasets.canopy.image_series import CLEAR, CLOUD, MISSING, WATER, Limits, choose_dates, extended
+from datasets.canopy.map_reference import MapReference
+from datasets.canopy.reference import at_resolution, drop_low_and_isolated
 from datasets.canopy.tiles import PUBLISHED, standardise
 from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
+from utils.rasters import Grid
 from utils.runs import read_tensors, write_json, write_tensors
 from utils.seeds import INITIAL_WEIGHTS, generator_for
 
@@ -269,6 +276,74 @@ def test_steps_between_cells_of_other_dates_are_reported(
     assert reported["across_m"] > reported["beside_m"] > 0 and spread.min() >= 0 and spread.mean() > 0.1
 
 
+def write_reference(path: Path, heights: NDArray[Any], crs: str, scale: float, **options: Any) -> None:
+    """Heights of a map at 5 m, 0.5 m higher, as a reference of 1 m in the same grid or of 2.5 m in another one."""
+    if crs == "EPSG:2154":
+        write_tif(
+            path, np.kron(scale * (heights + 0.5), np.ones((5, 5))).astype(np.int16), EASTING, NORTHING, 1, crs, **options
+        )
+        return
+    source = Affine(5, 0, EASTING, 0, -5, NORTHING)
+    left, _, _, top = transform_bounds("EPSG:2154", crs, EASTING, NORTHING - 5 * len(heights), EASTING + 1010, NORTHING)
+    moved = np.full((400, 500), -9.0, np.float32)
+    transform = Affine(2.5, 0, left, 0, -2.5, top)
+    how = {"src_transform": source, "src_crs": "EPSG:2154", "dst_transform": transform, "dst_crs": crs, "dst_nodata": -9.0}
+    reproject((scale * (heights + 0.5)).astype(np.float32), moved, resampling=Resampling.bilinear, **how)
+    write_tif(path, moved, left, top, 2.5, crs, nodata=-9.0)
+
+
+def test_a_map_is_measured_against_references_of_any_grid(
+    run_canopy_map: Callable[..., Ended], inputs: list[str], tmp_path: Path
+) -> None:
+    assert run_canopy_map(*inputs, "uncertainty=yes").returncode == 0
+    heights, spread = read(tmp_path / "height.tif") / 10
+    write_reference(tmp_path / "lidar.tif", heights, "EPSG:2154", 10, nodata=-1)
+    done = run_canopy_map(*inputs, "uncertainty=yes", "reference=lidar.tif")
+    assert done.returncode == 0, done.stderr
+    assert "[*] Reference: about 1 m, in dm, brought to 5 m by max" in done.stdout
+    document = json.loads((tmp_path / "metrics.json").read_text())["test"]
+    total = document["scores"]["all"]
+    assert total["pixels"] == total["pixels_with_reference"] == heights.size
+    assert total["mae"] == pytest.approx(0.5, abs=1e-4) and total["bias"] == pytest.approx(-0.5, abs=1e-4)
+    assert total["nmae"] == pytest.approx(np.mean(0.5 / (1.5 + heights)), rel=1e-3)
+    assert total["tree_cover_iou"] == 1 and total["gradient_difference"] == pytest.approx(0, abs=1e-4)
+    assert f"[*] nMAE: {total['nmae']:.4f}" in done.stdout and (tmp_path / "height_classes.png").exists()
+    # 90 % of the ratios of half of the windows are below the factor.
+    calibration = document["calibration"]
+    assert (
+        np.percentile(0.5 / np.maximum(spread, 0.05), 80) < calibration["factor"] < 11 and 0.8 < calibration["coverage"] < 1
+    )
+    with rasterio.open(tmp_path / "interval.tif") as raster:
+        width = raster.scales[0] * raster.read(1)
+        np.testing.assert_allclose(width, calibration["factor"] * np.maximum(spread, 0.05), atol=0.051)
+    assert cog_validate(tmp_path / "interval.tif", strict=True)[0]
+
+    write_reference(tmp_path / "other.tif", heights, "EPSG:32631", 1)
+    done = run_canopy_map(*inputs, "uncertainty=yes", "reference=other.tif", "reference_resampling=bilinear")
+    assert done.returncode == 0, done.stderr
+    assert "[*] Reference: about 2.5 m, in m, brought to 5 m by bilinear" in done.stdout
+    total = json.loads((tmp_path / "metrics.json").read_text())["test"]["scores"]["all"]
+    assert total["bias"] == pytest.approx(-0.5, abs=0.1) and total["mae"] < 0.8
+    assert 0.9 * heights.size < total["pixels"] <= heights.size
+
+
+def test_a_reference_is_brought_to_the_map_as_in_training(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    heights = np.where(rng.random((100, 150)) < 0.6, rng.integers(1, 200, (100, 150)), -1).astype(np.int16)
+    heights[:30, :30] = -1
+    heights[50:, 50:70] = rng.integers(0, 14, (50, 20))
+    write_tif(tmp_path / "lidar.tif", heights, EASTING, NORTHING, 1, "EPSG:2154")
+    for factor, resolution in ((10, 10.0), (5, 5.0)):
+        grid = Grid(CRS.from_epsg(2154), Affine(factor, 0, EASTING, 0, -factor, NORTHING), 100 // factor, 150 // factor)
+        found, masked = MapReference("lidar.tif", tmp_path, grid, "auto", "auto").heights_and_mask(
+            Window(0, 0, grid.width, grid.height)
+        )
+        expected = at_resolution(np.maximum(heights, 0), heights <= 0, 1.0, resolution)
+        _, expected_mask = drop_low_and_isolated(*expected)
+        np.testing.assert_array_equal(masked, expected_mask)
+        np.testing.assert_allclose(found[~masked], expected[0][~masked] / 10, rtol=1e-6)
+
+
 def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
     """A map in a process of its own."""
     arguments = [part for text in flags for part in (f"--{text.split('=', 1)[0]}", text.split("=", 1)[1])]
@@ -283,9 +358,7 @@ def test_a_killed_map_of_several_workers_goes_on_to_the_same_bytes(
 ) -> None:
     flags = [*inputs, "window=16"]
     killed = start(tmp_path, *flags, "workers=2")
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("blocks/height/[0-9]*.npz")) and killed.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: list(tmp_path.glob("blocks/height/[0-9]*.npz")) or killed.poll() is not None)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert list(tmp_path.glob("blocks/height/[0-9]*.npz")) and not (tmp_path / "height.tif").exists()
@@ -366,6 +439,8 @@ def spoil(folder: Path, how: str) -> None:
         ("", ["run=elsewhere"], "run=elsewhere: a folder, or the id of one run"),
         ("", ["area=0,0,1,1"], "holds no pixel"),
         ("", ["min_dates=8"], "no pixel has min_dates=8 clear dates among the 7 images"),
+        ("", ["reference=nowhere.tif"], "reference: "),
+        ("", ["reference=run"], "none of 0 files of heights touches the map"),
         ("", ["window=8"], "window: 8 is not a whole number of at least 16"),
         ("", ["scheduler=tcp://127.0.0.1:9"], "scheduler=tcp://127.0.0.1:9 cannot be reached"),
     ],

@@ -168,9 +168,18 @@ class CanopyScores:
             metric.to(device).set_dtype(torch.float64)
 
     def update(
-        self, prediction: Tensor, vegetation: Tensor, target: Tensor, no_vegetation: Tensor, tiles: Sequence[str]
+        self,
+        prediction: Tensor,
+        vegetation: Tensor,
+        target: Tensor,
+        no_vegetation: Tensor,
+        tiles: Sequence[str],
+        seen: Tensor | None = None,
     ) -> None:
-        """Add a batch: heights in metres, vegetation probability, mask, and the tile of each sample."""
+        """Add a batch: heights in metres, vegetation probability, mask, and the tile of each sample.
+
+        Pixels that are not `seen` do not count for the vegetation; the mask must exclude them from the rest.
+        """
         prediction, target = prediction.clamp_min(0).double(), target.double()
         valid = ~no_vegetation
         self._update_heights("all", prediction[valid], target[valid])
@@ -182,7 +191,8 @@ class CanopyScores:
             rows = torch.tensor([name == tile for name in tiles], device=valid.device)
             self._update_heights(f"tile {tile}", prediction[rows][valid[rows]], target[rows][valid[rows]])
         for metric in self.vegetation.values():
-            metric.update(vegetation.flatten(), valid.flatten().long())
+            whole = (vegetation, valid) if seen is None else (vegetation[seen], valid[seen])
+            metric.update(whole[0].flatten(), whole[1].flatten().long())
         errors, counts = gradient_difference(prediction, target, no_vegetation)
         shifted, pixels = errors_at_best_shift(prediction, target, no_vegetation)
         powers = [high_frequency_power(heights, no_vegetation) for heights in (prediction, target)]
