@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+import resource
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
-from conftest import PROJECT, Ended
+from conftest import PROJECT, Ended, Runner
 from numpy.typing import NDArray
 from own_table import OWN, RESULTS, SHORT, own_rows, run_in
 from PIL import Image
@@ -200,6 +202,42 @@ def test_an_interrupted_map_goes_on_with_the_windows_that_it_lacks(
     np.testing.assert_array_equal(read_map(tmp_path / "predict" / "map.tif"), undisturbed)
 
 
+def test_a_cluster_gives_the_same_map_bit_for_bit(
+    run_folder: Path,
+    rows: pd.DataFrame,
+    run_predict: Callable[..., Ended],
+    dask_cluster: tuple[str, "list[subprocess.Popen[bytes]]"],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = one_file_in_order(tmp_path, rows)
+    flags = [f"run={run_folder}", f"input={source}", "window=16", "covariates=elevation=400 use=hay"]
+    assert run_predict(*flags, "workers=1").returncode == 0
+    (tmp_path / "cluster").mkdir()
+    monkeypatch.chdir(tmp_path / "cluster")
+    done = run_predict(*flags, f"scheduler={dask_cluster[0]}")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(read_map(tmp_path / "cluster" / "map.tif"), read_map(tmp_path / "predict" / "map.tif"))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    run_folder: Path, rows: pd.DataFrame, run_script: Runner, tmp_path: Path
+) -> None:
+    source = one_file_in_order(tmp_path, rows)
+    (tmp_path / "full").mkdir()
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    flags = [f"run={run_folder}", f"input={source}", "covariates=elevation=400 use=hay", "workers=1"]
+    done = run_script("predict.py", *flags, cwd=tmp_path / "full", preexec_fn=small_files_only)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("predict.py: ")]
+    assert "could not be written" in line and "nothing was left half-written" in line
+    left = {path.name for path in (tmp_path / "full").rglob("*") if path.is_file()}
+    assert left == {"applicability.safetensors", "map.json"}
+
+
 def test_the_worked_example_of_the_docs(
     run_predict: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +253,7 @@ def test_the_worked_example_of_the_docs(
     (tmp_path / "map").mkdir()
     monkeypatch.chdir(tmp_path / "map")
     monkeypatch.setenv("PROJECT_DIR", str(tmp_path))
-    done = run_predict(*commands[2][1:], "workers=1")
+    done = run_predict(*commands[2][1:], "workers=2")
     assert done.returncode == 0, done.stderr
     assert f"The rasters are simulated: {tmp_path / 'data' / 'demo_rasters'}" in done.stdout
     layers = read_map(tmp_path / "map" / "map.tif")
