@@ -318,8 +318,7 @@ def predict_map(
     series, grid, said = find_rasters(name, called_from(), trained, flags["covariates"], nodata)
     say(f"Rasters: {grid.width} x {grid.height} pixels of {grid.transform.a:g}, {grid.crs.to_string()}. {'. '.join(said)}")
     simulated = flags["input"] == SIMULATED_RASTERS
-    unit = "" if trained.flags["unit"] == "auto" else trained.flags["unit"]
-    output = Output("map.tif", tuple(Layer(one, unit if one in RESULTS[:4] else "") for one in RESULTS), "float32", np.nan)
+    output = map_output("" if trained.flags["unit"] == "auto" else trained.flags["unit"])
     identity = {
         "run": trained.folder.name if flags["run"] == "newest" else flags["run"],
         "run_sha256": digest_of_files([*sorted(trained.folder.glob("models/*.safetensors")), trained.folder / SAMPLES]),
@@ -340,18 +339,16 @@ def predict_map(
         rasters.write_map(Path(), grid, [output], windows, functools.partial(run, build_mapper, spec), identity, tags)
     seconds = time.perf_counter() - started
     summary = summarise(trained, Path(output.file), grid, seconds, " (simulated)" if simulated else "")
-    title = f"{trained.flags['model']}, {Path(name).name}"
-    save_plot(
-        quick_look(
-            Path(output.file),
-            title,
-            target_of(trained.columns.target, trained.flags["unit"]),
-            area["threshold"],
-            flags["level"],
-        ),
-        Path("map.png"),
-    )
+    title = f"{trained.flags['model']}, {Path(name).name}{' (simulated)' if simulated else ''}"
+    target = target_of(trained.columns.target, trained.flags["unit"])
+    save_plot(quick_look(Path(output.file), title, target, area["threshold"], flags["level"]), Path("map.png"))
     return {"input": {**identity, "simulated": simulated}, "summary": summary, "area_of_applicability": area}
+
+
+def map_output(unit: str) -> Output:
+    """The map's file: a layer for each result, of which the first four are in the target's unit."""
+    layers = tuple(Layer(name, unit if name in ("mean", "spread", "lower", "upper") else "") for name in RESULTS)
+    return Output("map.tif", layers, "float32", np.nan)
 
 
 def build_mapper(spec: MapSpec) -> Callable[[Window], tuple[NDArray[np.float32]]]:

@@ -3,14 +3,15 @@
     python -m benchmarks.map_speed [--side 192] [--rounds 3] [--sides 512 1024 1536]
 
 The map is that of ResNet18T at its default flags in five folds, 16 GeoTIFFs of ten bands, by one worker of one thread: files
-are read and written, series scaled, intervals and dissimilarities computed. The networks alone are the same five, on
-as many pixels, by one thread in batches of the size that suits them best. Memory is that of maps of an MLP, which is quick,
-of growing sides, by two workers: the most that the run and its workers hold together (PSS), and what a Sentinel-2 tile of
-10 980 x 10 980 pixels would need if it grew on from the two largest in proportion to the pixels.
+are read and written, series scaled, intervals and dissimilarities computed. The networks alone are the same five, in
+batches of the size that suits them best. Both are measured in processor time, which other programs disturb least.
+
+Memory is that of maps of an MLP, which is quick, of growing sides, by two workers: the most that the run and its workers
+hold together (PSS), and what a Sentinel-2 tile of 10 980 x 10 980 pixels would need if it grew on from the two largest in
+proportion to the pixels.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,15 @@ import torch
 from rasterio import Affine
 from rasterio.crs import CRS
 
+import predict
 from datasets.demo_rasters import simulate_images
+from datasets.finished_run import read_trained
 from datasets.published_grassland import BANDS
+from datasets.series_rasters import find_rasters, windows_by_blocks
 from models import make_network
+from models.applied import prepare_area
+from models.saved import load_folds
+from utils import rasters
 from utils.runs import project_folder, read_tensors
 
 BATCHES = (128, 256, 512, 1024, 4096)
@@ -79,14 +87,22 @@ def write_rasters(folder: Path, side: int) -> None:
             raster.write(np.tile(image, repeats)[:, :side, :side])
 
 
-def map_rate(folder: Path) -> float:
-    """Pixels/s of a finished map, from the start of its workers to the written file."""
-    summary = json.loads((folder / "metrics.json").read_text())["summary"]
-    return float(summary["pixels"] / summary["seconds"])
+def map_rate(run_folder: Path, images: Path, folder: Path) -> float:
+    """Pixels/s of processor time of a map by one worker of one thread, from loading the models to the written file."""
+    trained = read_trained(run_folder)
+    series, grid, _ = find_rasters(str(images), Path.cwd(), trained, "none", [])
+    area = folder / "applicability.safetensors"
+    prepare_area(trained, load_folds(run_folder, torch.device("cpu")), area)
+    spec = predict.MapSpec(str(run_folder), str(area), 0.9, "cpu", series)
+    windows = windows_by_blocks(series, grid, predict.parser.parse_flags([])["window"])
+    started = time.process_time()
+    with rasters.workers(1) as run:
+        rasters.write_map(folder, grid, [predict.map_output("")], windows, partial(run, predict.build_mapper, spec), {}, {})
+    return grid.height * grid.width / (time.process_time() - started)
 
 
 def network_rate(folder: Path, pixels: int) -> dict[int, float]:
-    """Pixels/s by batch size of the five networks alone, one thread, tensors in memory."""
+    """Pixels/s of processor time by batch size, of the five networks alone, one thread, tensors in memory."""
     torch.set_num_threads(1)
     networks = []
     for path in sorted(folder.glob("models/*.safetensors")):
@@ -100,11 +116,11 @@ def network_rate(folder: Path, pixels: int) -> dict[int, float]:
         for batch in BATCHES:
             for network in networks:
                 network(x[:batch])
-            started = time.perf_counter()
+            started = time.process_time()
             for part in x.split(batch):
                 for network in networks:
                     network(part)
-            rates[batch] = pixels / (time.perf_counter() - started)
+            rates[batch] = pixels / (time.process_time() - started)
     return rates
 
 
@@ -114,9 +130,7 @@ def measure_speed(folder: Path, side: int, rounds: int) -> None:
     write_rasters(folder / "rasters", side)
     maps, alone = [], []
     for number in range(1, rounds + 1):
-        place = folder / f"map_{number}"
-        run("predict.py", place, run=folder / "ResNet18T", input=folder / "rasters", workers=1)
-        maps.append(map_rate(place))
+        maps.append(map_rate(folder / "ResNet18T", folder / "rasters", folder / f"map_{number}"))
         rates = network_rate(folder / "ResNet18T", side**2 // 4)
         batch = max(rates, key=lambda size: rates[size])
         alone.append(rates[batch])
@@ -133,8 +147,7 @@ def measure_memory(folder: Path, sides: Sequence[int]) -> None:
         write_rasters(folder / f"rasters_{side}", side)
         most = run("predict.py", folder / f"mlp_{side}", run=folder / "MLP", input=folder / f"rasters_{side}", workers=2)
         measured.append((side**2, most))
-        rate = map_rate(folder / f"mlp_{side}")
-        print(f"{side} x {side} pixels, MLP, two workers: {most:.0f} MB at most, {rate:.0f} pixels/s")
+        print(f"{side} x {side} pixels, MLP, two workers: {most:.0f} MB at most")
     if len(measured) > 1:
         (before, low), (last, high) = measured[-2:]
         growth = max(0.0, (high - low) / (last - before))

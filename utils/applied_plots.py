@@ -75,7 +75,8 @@ def intervals(predictions: pd.DataFrame, level: float, summary: Mapping[str, flo
 def quick_look(path: Path, title: str, target: str, threshold: float, level: float) -> "Figure":
     """A map's mean, the width of its intervals and its dissimilarity, with colour bars and a scale bar.
 
-    Colours range from the 2nd to the 98th percentile within the area of applicability.
+    Colours range from the 2nd to the 98th percentile within the area of applicability, those of the dissimilarity from 0 to
+    twice the threshold.
 
     Args:
         path: a GeoTIFF with the layers mean, spread, lower, upper, dissimilarity and inside.
@@ -103,6 +104,8 @@ def quick_look(path: Path, title: str, target: str, threshold: float, level: flo
     for axes, (name, layer), colours in zip(figure.subplots(1, 3), panels.items(), PALETTES, strict=True):
         known = layer[np.isfinite(layer) & (layers["inside"] > 0)]  # what lies outside may be anything
         low, high = np.percentile(known, (2, 98)) if known.size else (0, 1)
+        if layer is layers["dissimilarity"]:
+            low, high = 0, 2 * threshold
         image = axes.imshow(layer, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
         figure.colorbar(image, ax=axes, orientation="horizontal", label=wrapped(name, 36), extend="both")
         inside = np.where(np.isnan(layers["inside"]), 1, layers["inside"])
