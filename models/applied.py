@@ -68,13 +68,13 @@ def predictors_of(
     categories: Mapping[str, list[str]], x: NDArray[np.float32], covariates: Covariates
 ) -> NDArray[np.float32]:
     """(sample, predictor) float32: bands one after the other with all their steps, then covariates, text as 0 and 1."""
-    parts = [x.reshape(len(x), -1).astype(np.float32)]
+    parts = [x.reshape(len(x), -1).astype(np.float32, copy=False)]
     for name, values in covariates.items():
         if name in categories:
             parts.append((np.asarray(values)[:, None] == np.array(categories[name])).astype(np.float32))
         else:
             parts.append(np.asarray(values, dtype=np.float32)[:, None])
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def load(folder: Path, area: Path, level: float, device: torch.device) -> Applied:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PAIRS_AT_ONCE = 2**24
+PAIRS_AT_ONCE = 2**22  # of a new and a training sample
 
 
 class Applicability(NamedTuple):
@@ -83,7 +83,8 @@ def dissimilarity(area: Applicability, predictors: Tensor) -> Tensor:
     """
     points, found = area.points, []
     squares = (points**2).sum(1)
-    for part in ((predictors - area.mean) * area.factor).split(max(1, PAIRS_AT_ONCE // len(points))):
+    for rows in predictors.split(max(1, PAIRS_AT_ONCE // len(points))):
+        part = (rows - area.mean) * area.factor
         nearest = torch.addmm(squares, part, points.T, alpha=-2).argmin(1)
         found.append((part - points[nearest]).square_().sum(1).sqrt_())
     return torch.cat(found) / area.mean_distance
