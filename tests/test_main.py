@@ -259,7 +259,7 @@ def test_flags_change_what_is_trained(run_main: Callable[..., Ended], tmp_path: 
 
 
 # Long enough for one fold to stop early and for several checkpoints.
-LONG = ("dataset=demo", "model=ResNet18T", "num_channels=8 8 8 8", "epochs=40", "warmup_epochs=5", "lr=0.02")
+LONG = ("dataset=demo", "model=ResNet18T", "num_channels=8 8 8 8", "folds=3", "epochs=40", "warmup_epochs=5", "lr=0.02")
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:

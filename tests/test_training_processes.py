@@ -16,7 +16,7 @@ from utils.errors import InputError
 from utils.training import Training, initial_state, train
 from utils.training_processes import training_processes
 
-FLAGS = ("--dataset", "demo", "--num_channels", "8 8 8 8", "--stem_channels", "8", "--batch_size", "64")
+FLAGS = ("--dataset", "demo", "--folds", "3", "--num_channels", "8 8 8 8", "--stem_channels", "8", "--batch_size", "64")
 
 
 # PyTorch takes no more threads from OMP_NUM_THREADS than there are cores.
