@@ -18,7 +18,7 @@ from conftest import PROJECT, Ended, environment
 from utils.runs import CHECKPOINT
 
 GUILD = Path(sys.executable).parent / "guild"
-SHORT = ["dataset=demo", "num_channels=8 8 8 8", "stem_channels=8"]
+SHORT = ["dataset=demo", "folds=3", "num_channels=8 8 8 8", "stem_channels=8"]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,15 @@ def test_the_batch_files_hold_the_expected_rows() -> None:
     ids=lambda row: " ".join(row.values()),
 )
 def test_a_row_of_a_batch_runs_at_reduced_epochs(run_main: Callable[..., Ended], row: dict[str, str]) -> None:
-    reduced = {"dataset": "demo", "num_kernels": "50", "num_filters": "8", **row, "epochs": "1", "warmup_epochs": "0"}
+    reduced = {
+        "dataset": "demo",
+        "folds": "2",
+        "num_kernels": "50",
+        "num_filters": "8",
+        **row,
+        "epochs": "1",
+        "warmup_epochs": "0",
+    }
     done = run_main(*(f"{name}={value}" for name, value in reduced.items()))
     assert done.returncode == 0, done.stderr
     assert "R2 mean: " in done.stdout

@@ -31,7 +31,7 @@ from models.classical import Ridge
 from utils.metrics import score
 from utils.runs import CHECKPOINT, read_tensors
 
-SMALL = ("dataset=demo", "num_channels=8 8 8 8", "stem_channels=8", "batch_size=64")
+SMALL = ("dataset=demo", "folds=3", "num_channels=8 8 8 8", "stem_channels=8", "batch_size=64")
 SHORT = (*SMALL, "epochs=12", "warmup_epochs=2")
 
 
@@ -45,7 +45,7 @@ def value_of(output: str, label: str) -> float:
 
 
 def test_a_run_prints_and_leaves_what_it_promises(run_script: Runner, tmp_path: Path) -> None:
-    done = run_script("main.py", *SHORT, "ensemble_count=2", "study_var=Shannon")
+    done = run_script("main.py", *SHORT, "folds=5", "ensemble_count=2", "study_var=Shannon")
     assert done.returncode == 0, done.stderr
     said = lines_of(done.stdout)
     assert any("simulated table" in line for line in said)
@@ -185,7 +185,7 @@ def test_nothing_is_learnt_from_test_rows(run_main: Callable[..., Ended], tmp_pa
 
 def test_the_rate_follows_the_schedule_and_the_best_weights_are_kept(run_main: Callable[..., Ended], tmp_path: Path) -> None:
     """Warm-up from 0, a cosine after it; too much weight decay makes some folds stop early."""
-    done = run_main(*SMALL, "epochs=45", "warmup_epochs=4", "lr=0.02", "weight_decay=2")
+    done = run_main(*SMALL, "folds=5", "epochs=45", "warmup_epochs=4", "lr=0.02", "weight_decay=2")
     assert done.returncode == 0, done.stderr
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
     folds = json.loads((tmp_path / "metrics.json").read_text())["folds"]
@@ -468,7 +468,7 @@ def test_out_of_memory_says_which_flags_to_lower(run_main: Callable[..., Ended],
 
     monkeypatch.setattr("utils.training.run_epoch", fail)
     done = run_main(*SHORT)
-    assert done.returncode == 2 and "out of memory on cpu with 5 networks; lower ensemble_count" in done.stderr
+    assert done.returncode == 2 and "out of memory on cpu with 3 networks; lower ensemble_count" in done.stderr
 
 
 def test_a_diverging_training_says_so(run_main: Callable[..., Ended]) -> None:
