@@ -233,6 +233,14 @@ def test_restart_resumes_a_killed_run(guild: Callable[..., subprocess.CompletedP
     assert (folder / "metrics.json").read_bytes() == results
 
 
+def test_no_column_takes_the_place_of_guilds_own() -> None:
+    """`guild compare` looks runs up by its first column, `run`; a flag of that name is shown under another."""
+    (model,) = yaml.safe_load((PROJECT / "guild.yml").read_text())
+    columns = {column for operation in model["operations"].values() for column in operation.get("compare", [])}
+    assert "=run as applied_run" in columns
+    assert not columns & {f"={name}" for name in ("run", "operation", "started", "time", "status", "label")}
+
+
 def test_the_operation_declares_what_it_prints() -> None:
     (model,) = yaml.safe_load((PROJECT / "guild.yml").read_text())
     for name, some in (("main", {"throughput", "madds", "memory"}), ("canopy", {"mape", "f1", "mae_best_shift"})):
