@@ -58,7 +58,24 @@ def load_folds(folder: Path, device: torch.device) -> list[SavedFold]:
 
 
 def load_fold(path: Path, device: torch.device) -> SavedFold:
-    """A fold's models from their file.
+    """A fold's models from their file, ready to predict.
+
+    Raises:
+        InputError: the file is damaged, or the present code has no such model or another of that name.
+    """
+    record, models = read_models(path)
+    scale, precision = record["target_offset_and_factor"], record["flags"]["precision"]
+    members: list[Member] = [
+        partial(_predict, model.to(device), precision, device, *scale)
+        if isinstance(model, nn.Module)
+        else partial(_estimate, model)
+        for model in models
+    ]
+    return SavedFold(record, members, ROWS_AT_ONCE[device.type])
+
+
+def read_models(path: Path) -> tuple[dict[str, Any], list[nn.Module | Estimator]]:
+    """The record of a fold's file, and its networks, in evaluation mode, or its estimators.
 
     Raises:
         InputError: the file is damaged, or the present code has no such model or another of that name.
@@ -68,23 +85,23 @@ def load_fold(path: Path, device: torch.device) -> SavedFold:
     model = flags["model"]
     if model not in NETWORKS and model not in ESTIMATORS:
         raise InputError(f"{path} holds a {model}, which models/__init__.py does not register")
-    members: list[Member] = []
+    models: list[nn.Module | Estimator] = []
     for number in range(1, flags["ensemble_count"] + 1):
         start = f"member_{number}."
         own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
         try:
             if model in ESTIMATORS:
-                estimator = ESTIMATORS[model].from_tensors({name: tensor.numpy() for name, tensor in own.items()})
-                members.append(partial(_estimate, estimator))
+                models.append(ESTIMATORS[model].from_tensors({name: tensor.numpy() for name, tensor in own.items()}))
                 continue
             inputs = len(record["bands"]) + sum(len(one.get("categories", [0])) for one in record["covariates"])
             network = make_network(model, inputs, len(record["steps"]), flags)
             network.load_state_dict(own)
         except (RuntimeError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: its weights do not fit the {model} of the present code: {error}") from error
-        offset, factor = record["target_offset_and_factor"]
-        members.append(partial(_predict, network.to(device).eval(), flags["precision"], device, offset, factor))
-    return SavedFold(record, members, ROWS_AT_ONCE[device.type])
+            raise InputError(
+                f"{path}: its weights do not fit the {model} of the present code: {' '.join(str(error).split())}"
+            ) from error
+        models.append(network.eval())
+    return record, models
 
 
 def _estimate(estimator: Estimator, inputs: Inputs) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # The purposes of generators, which are part of their seeds.
-INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS, WINDOWS, STATISTICS, PERMUTATIONS = range(8)
+INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS, WINDOWS, STATISTICS, PERMUTATIONS, EXPORT = range(9)
 
 
 def seed_for(seed: int, purpose: int, *key: int) -> int:
