@@ -87,12 +87,10 @@ def write_rasters(folder: Path, side: int) -> None:
             raster.write(np.tile(image, repeats)[:, :side, :side])
 
 
-def map_rate(run_folder: Path, images: Path, folder: Path) -> float:
+def map_rate(run_folder: Path, images: Path, area: Path, folder: Path) -> float:
     """Pixels/s of processor time of a map by one worker of one thread, from loading the models to the written file."""
     trained = read_trained(run_folder)
     series, grid, _ = find_rasters(str(images), Path.cwd(), trained, "none", [])
-    area = folder / "applicability.safetensors"
-    prepare_area(trained, load_folds(run_folder, torch.device("cpu")), area)
     spec = predict.MapSpec(str(run_folder), str(area), 0.9, "cpu", series)
     windows = windows_by_blocks(series, grid, predict.parser.parse_flags([])["window"])
     started = time.process_time()
@@ -103,7 +101,6 @@ def map_rate(run_folder: Path, images: Path, folder: Path) -> float:
 
 def network_rate(folder: Path, pixels: int) -> dict[int, float]:
     """Pixels/s of processor time by batch size, of the five networks alone, one thread, tensors in memory."""
-    torch.set_num_threads(1)
     networks = []
     for path in sorted(folder.glob("models/*.safetensors")):
         tensors, record = read_tensors(path)
@@ -128,9 +125,12 @@ def measure_speed(folder: Path, side: int, rounds: int) -> None:
     """Print the rate of maps and that of the networks alone."""
     train(folder / "ResNet18T", "ResNet18T")
     write_rasters(folder / "rasters", side)
+    torch.set_num_threads(1)
+    area = folder / "applicability.safetensors"
+    prepare_area(read_trained(folder / "ResNet18T"), load_folds(folder / "ResNet18T", torch.device("cpu")), area)
     maps, alone = [], []
     for number in range(1, rounds + 1):
-        maps.append(map_rate(folder / "ResNet18T", folder / "rasters", folder / f"map_{number}"))
+        maps.append(map_rate(folder / "ResNet18T", folder / "rasters", area, folder / f"map_{number}"))
         rates = network_rate(folder / "ResNet18T", side**2 // 4)
         batch = max(rates, key=lambda size: rates[size])
         alone.append(rates[batch])

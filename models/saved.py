@@ -137,8 +137,18 @@ def permutation_importance(trained: Trained, folds: Sequence[SavedFold]) -> dict
 
     Each fold's ensemble predicts the rows that it was tested on. A band is permuted with all its steps together: one step
     alone, of a smooth series, the model would make up from its neighbours, and a band needs as many predictions as a step.
-    Of a run of more rows than `IMPORTANCE_ROWS` so many are drawn.
+    Of a run of more rows than `IMPORTANCE_ROWS` so many are drawn. The batches are small: of several threads one would
+    wait for the other, for minutes where other programs share the cores.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _permutation_importance(trained, folds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _permutation_importance(trained: Trained, folds: Sequence[SavedFold]) -> dict[str, float]:
     names = [*trained.columns.bands, *trained.columns.covariates]
     seed = int(trained.flags["seed"])
     chosen = torch.randperm(len(trained.x), generator=generator_for(seed, PERMUTATIONS, 0)).numpy()[:IMPORTANCE_ROWS]
