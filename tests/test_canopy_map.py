@@ -1,6 +1,7 @@
 """Operation canopy-map as a user meets it: heights that depend on no window, edges, dates, restart, errors."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from rasterio.warp import reproject, transform_bounds
 from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 from scipy import ndimage
+from test_guild import SHORT_CANOPY
 
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
 from datasets.canopy.image_series import CLEAR, CLOUD, MISSING, WATER, Limits, choose_dates, extended
@@ -530,6 +532,36 @@ def test_without_run_and_images_the_newest_run_maps_simulated_ones(
     assert "[*] The images are simulated: " in done.stdout and "(simulated)" in done.stdout
     with rasterio.open(tmp_path / "height.tif") as raster:
         assert raster.shape == (300, 300) and raster.tags()["note"] == "simulated" and raster.tags()["run"] == "abc"
+
+
+def test_the_worked_example_of_the_docs(
+    run_canopy: Callable[..., Ended],
+    run_canopy_map: Callable[..., Ended],
+    small_tiles: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its commands as they stand, the training short and of few tiles."""
+    page = (PROJECT / "docs" / "canopy-map.md").read_text()
+    (block,) = re.findall(r"## Worked example\n.*?```\n(.*?)```", page, flags=re.DOTALL)
+    training, mapping, _ = ([word for word in line.split()[2:] if "=" in word] for line in block.splitlines())
+    for script in ("canopy", "canopy_map"):
+        monkeypatch.setattr(f"{script}.demo_root", lambda _: small_tiles)
+    monkeypatch.setenv("GUILD_HOME", str(tmp_path))
+    run = tmp_path / "runs" / "abc"
+    run.mkdir(parents=True)
+    with monkeypatch.context() as there:
+        there.chdir(run)
+        short = [f"{name}={value}" for name, value in SHORT_CANOPY.items()]
+        done = run_canopy(*training, *short, f"cache={tmp_path / 'cache'}")
+        assert done.returncode == 0, done.stderr
+    done = run_canopy_map(*mapping)
+    assert done.returncode == 0, done.stderr
+    with rasterio.open("height.tif") as raster:
+        assert raster.descriptions == ("height", "spread") and raster.tags()["note"] == "simulated"
+    (table,) = re.findall(r"## Results\n\n(.*?)\n\n", page, flags=re.DOTALL)
+    written = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert written == set(re.findall(r"`([\w.]+\.\w+)`", table)) - {"interval.tif"}
 
 
 def test_help_explains_every_flag_with_its_default() -> None:

@@ -123,6 +123,10 @@ def test_the_map_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"map\.json is of a run with run=abc, but run=other was given"):
         begin_map(tmp_path, OUTPUTS, {**IDENTITY_OF_TEST, "run": "other"})
     (tmp_path / IDENTITY).unlink()
+    (tmp_path / BLOCKS).mkdir()
+    begin_map(tmp_path, OUTPUTS, {"run": "other"})
+    assert not (tmp_path / BLOCKS).exists()  # of who knows what
+    (tmp_path / IDENTITY).unlink()
     (tmp_path / "means.tif").touch()
     with pytest.raises(InputError, match=r"means\.tif exists and is of another map"):
         begin_map(tmp_path, OUTPUTS, IDENTITY_OF_TEST)

@@ -166,5 +166,5 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 def test_the_readme_is_short_and_links_every_page() -> None:
-    assert len(README.splitlines()) <= 195
-    assert {page for page in PAGES if page != "README.md"} == set(re.findall(r"docs/(\w+\.md)\)", README))
+    assert len(README.splitlines()) <= 200
+    assert {page for page in PAGES if page != "README.md"} == set(re.findall(r"docs/([\w-]+\.md)\)", README))

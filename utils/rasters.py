@@ -284,6 +284,7 @@ def begin_map(folder: Path, outputs: Sequence[Output], identity: Mapping[str, An
     present = [output.file for output in outputs if (folder / output.file).exists()]
     if present:
         raise InputError(f"{folder / present[0]} exists and is of another map; remove it, or start {a_new_run()}")
+    shutil.rmtree(folder / BLOCKS, ignore_errors=True)  # nobody knows of which map
     write_json(path, identity)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ALIGNMENT = 16  # image pixels that a window grows at most to fit a network's halvings
 UNKNOWN = 255  # nodata of layers of uint8
 CHOSEN = "dates.json"
-CELLS = "cells"  # folder of the choices of single cells until all are there
+CELLS = f"{rasters.BLOCKS}/cells"  # folder of the choices of single cells until all are there
 DATES_OUTPUT = Output(
     "dates.tif",
     (Layer("dates"), Layer("water", "%"), Layer("cloud", "%"), Layer("no data", "%")),
@@ -86,7 +86,8 @@ class MapInputs(NamedTuple):
 
 def strips_of_machine(inputs: MapInputs, worker: "Worker") -> Path:
     """Where the workers of a cluster's machine keep strips: beside their own folders, to share them."""
-    return Path(worker.local_directory).parent / f"canopy_map_{hashlib.sha256(inputs.folder.encode()).hexdigest()[:12]}"
+    key = json.dumps([inputs.folder, inputs.area, inputs.reach, inputs.series.digest()])
+    return Path(worker.local_directory).parent / f"canopy_map_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def remove_strips(inputs: MapInputs) -> None:
@@ -94,8 +95,7 @@ def remove_strips(inputs: MapInputs) -> None:
     if inputs.scheduler:
         with cluster(inputs.scheduler) as client:
             client.run(remove_strips_here, inputs)
-    else:
-        shutil.rmtree(Path(inputs.folder) / rasters.BLOCKS, ignore_errors=True)
+    shutil.rmtree(Path(inputs.folder) / rasters.BLOCKS, ignore_errors=True)
 
 
 def remove_strips_here(inputs: MapInputs, dask_worker: "Worker") -> None:
@@ -156,7 +156,7 @@ def write_dates(inputs: MapInputs, run: rasters.Run, identity: dict[str, Any], t
         InputError: no pixel has enough dates.
     """
     folder, area = Path(inputs.folder), inputs.whole
-    if (folder / CHOSEN).exists():
+    if (folder / CHOSEN).exists() and (folder / DATES_OUTPUT.file).exists():
         return
     cells = [
         Window(part.col_off - area.col_off, part.row_off - area.row_off, part.width, part.height)
