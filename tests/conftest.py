@@ -177,7 +177,7 @@ def running_cluster(folder: Path, environ: dict[str, str]) -> Iterator[tuple[str
     options = ["--port", "0", "--no-dashboard", "--scheduler-file", str(folder / "scheduler.json"), "--host", "127.0.0.1"]
     processes = [subprocess.Popen([*dask, "scheduler", *options], **quiet)]
     try:
-        wait_for((folder / "scheduler.json").exists)
+        wait_for(lambda: (folder / "scheduler.json").exists() and (folder / "scheduler.json").read_text())
         address = json.loads((folder / "scheduler.json").read_text())["address"]
         one = ["--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(folder)]
         processes += [subprocess.Popen([*dask, "worker", address, *one], **quiet) for _ in range(2)]

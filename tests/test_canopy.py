@@ -203,7 +203,7 @@ def test_squares_without_tall_vegetation_are_refused(run_canopy: Callable[..., E
         with rasterio.open(next((root / "lidar").rglob(name)), "r+") as file:
             file.write(np.zeros_like(file.read()))
     done = run_canopy(*SHORT, f"data={root}", f"cache={tmp_path / 'cache'}")
-    assert done.returncode == 2 and f"no square for {context} has a height above 0" in done.stderr
+    assert done.returncode == 2 and f"no {context} square has tall vegetation" in done.stderr
 
 
 def test_a_full_disk_while_writing_tensorboard_events_is_one_sentence(
