@@ -144,8 +144,8 @@ class CanopyGraph(nn.Module):
     """THREASURE-Net from reflectance to height and vegetation.
 
     Dates that are padding are computed and then left out by the attention. Dense layers are written as published, by
-    concatenation: the running sums of `models.threasure_net` make a graph that is 2.5 times as slow to export and 10 %
-    slower in onnxruntime.
+    concatenation: the running sums of `models.threasure_net` make a larger graph, which takes twice as long to export and is
+    no faster in onnxruntime.
 
     Args:
         network: with its weights.
