@@ -1,24 +1,26 @@
 """Speed and memory of a map by operation predict, against the networks alone on tensors in memory, in one run.
 
-    python -m benchmarks.map_speed [--side 192] [--rounds 3] [--sides 512 1024 1536]
+    python -m benchmarks.map_speed [--side 192] [--rounds 3] [--sides 1024 4096]
 
 The map is that of ResNet18T at its default flags in five folds, 16 GeoTIFFs of ten bands, by one worker of one thread: files
 are read and written, series scaled, intervals and dissimilarities computed. The networks alone are the same five, in
 batches of the size that suits them best. Both are measured in processor time, which other programs disturb least.
 
-Memory is that of maps of an MLP, which is quick, of growing sides, by two workers: the most that the run and its workers
-hold together (PSS), and what a Sentinel-2 tile of 10 980 x 10 980 pixels would need if it grew on from the two largest in
-proportion to the pixels.
+Memory is the most that a run of 1024 x 1024 pixels holds together with its two workers (PSS), with an MLP, which is quick.
+Workers hold a window each, whatever the map; the run itself, which joins the windows, is measured alone on maps of growing
+sides, and what a Sentinel-2 tile of 10 980 x 10 980 pixels would need if it grew on in proportion to the pixels.
 """
 
 import argparse
+import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +28,10 @@ import numpy as np
 import psutil
 import rasterio
 import torch
+from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio.crs import CRS
+from rasterio.windows import Window
 
 import predict
 from datasets.demo_rasters import simulate_images
@@ -35,13 +39,15 @@ from datasets.finished_run import read_trained
 from datasets.published_grassland import BANDS
 from datasets.series_rasters import find_rasters, windows_by_blocks
 from models import make_network
-from models.applied import prepare_area
+from models.applied import RESULTS, prepare_area
 from models.saved import load_folds
 from utils import rasters
+from utils.rasters import Grid
 from utils.runs import project_folder, read_tensors
 
 BATCHES = (128, 256, 512, 1024, 4096)
 TILE_SIDE = 10_980
+MEMORY_SIDE = 1024  # of a map whose workers have filled their caches
 
 
 def run(script: str, folder: Path, **flags: object) -> float:
@@ -139,20 +145,35 @@ def measure_speed(folder: Path, side: int, rounds: int) -> None:
     print(f"{side} x {side} pixels, one thread: the map has {share:.0%} of the networks' throughput")
 
 
-def measure_memory(folder: Path, sides: Sequence[int]) -> None:
-    """Print the most memory that maps of growing sides take, and what a tile would."""
+def write_alone(folder: Path, side: int) -> float:
+    """Write a map whose pixels come at no cost; the most memory that this process held, MB."""
+    layers = np.random.default_rng(0).normal(30, 5, (len(RESULTS), 256, 256)).round().astype(np.float32)
+    grid = Grid(CRS.from_epsg(32632), Affine(10, 0, 500_000, 0, -10, 5_400_000), side, side)
+
+    def results(left: Iterable[Window]) -> Iterator[tuple[Window, tuple[NDArray[np.float32]]]]:
+        for window in left:
+            yield window, (layers[:, : window.height, : window.width],)
+
+    rasters.write_map(folder, grid, [predict.map_output("")], rasters.windows_of(grid, 256), results, {}, {})
+    # Not of getrusage, whose maximum a process inherits from the one that started it.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak) / 1e3
+
+
+def measure_memory(folder: Path, side: int, sides: Sequence[int]) -> None:
+    """Print the most memory that a map takes, by how much writing larger ones takes more, and what a tile would."""
     train(folder / "MLP", "MLP")
-    measured = []
-    for side in sides:
-        write_rasters(folder / f"rasters_{side}", side)
-        most = run("predict.py", folder / f"mlp_{side}", run=folder / "MLP", input=folder / f"rasters_{side}", workers=2)
-        measured.append((side**2, most))
-        print(f"{side} x {side} pixels, MLP, two workers: {most:.0f} MB at most")
-    if len(measured) > 1:
-        (before, low), (last, high) = measured[-2:]
-        growth = max(0.0, (high - low) / (last - before))
-        tile = high + growth * (TILE_SIDE**2 - last)
-        print(f"growth {growth * 1e6:.1f} MB a million pixels: {tile:.0f} MB for {TILE_SIDE} x {TILE_SIDE}")
+    write_rasters(folder / "images", side)
+    most = run("predict.py", folder / "mlp", run=folder / "MLP", input=folder / "images", workers=2)
+    print(f"{side} x {side} pixels, MLP, two workers: {most:.0f} MB at most")
+    written = []
+    for one in sides:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            written.append(pool.apply(write_alone, (folder / f"written_{one}", one)))
+        print(f"{one} x {one} pixels, written alone: {written[-1]:.0f} MB at most")
+    growth = max(0.0, (written[-1] - written[0]) / (sides[-1] ** 2 - sides[0] ** 2))
+    tile = most + growth * (TILE_SIDE**2 - side**2)
+    print(f"growth {growth * 1e6:.1f} MB a million pixels: {tile:.0f} MB for {TILE_SIDE} x {TILE_SIDE}")
 
 
 def main() -> None:
@@ -160,13 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=192, help="pixels of a side of the map whose speed is measured")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of map and networks, 0 for none")
-    parser.add_argument("--sides", type=int, nargs="*", default=(512, 1024, 1536), help="of those whose memory is measured")
+    parser.add_argument("--sides", type=int, nargs="*", default=(1024, 4096), help="of the maps that are written alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if arguments.rounds:
             measure_speed(Path(name), arguments.side, arguments.rounds)
         if arguments.sides:
-            measure_memory(Path(name), arguments.sides)
+            measure_memory(Path(name), MEMORY_SIDE, arguments.sides)
 
 
 if __name__ == "__main__":
