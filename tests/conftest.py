@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import meta_device
 import torch
+from blank_plots import save_blank
 
 import main
 
@@ -45,6 +46,18 @@ def environment() -> dict[str, str]:
     """The environment of a script under test: no Guild run around it."""
     ours = ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR", "DEVICE")
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def quick_environment() -> dict[str, str]:
+    """An environment whose scripts draw no plots and grow few trees (`site/sitecustomize.py`)."""
+    return environment() | {"PYTHONPATH": os.pathsep.join([str(PROJECT / "tests" / "site"), str(PROJECT / "tests")])}
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests that are marked with `plots` draw them."""
+    if "plots" not in request.keywords:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
 
 
 @pytest.fixture(autouse=True)

@@ -148,6 +148,7 @@ def plain_heights(folder: Path, paths: Sequence[Path], reach: int) -> NDArray[np
     return result
 
 
+@pytest.mark.plots
 def test_a_map_has_the_network_s_heights_up_to_the_edges(
     run_canopy_map: Callable[..., Ended], inputs: list[str], tmp_path: Path
 ) -> None:
@@ -294,6 +295,7 @@ def write_reference(path: Path, heights: NDArray[Any], crs: str, scale: float, *
     write_tif(path, moved, left, top, 2.5, crs, nodata=-9.0)
 
 
+@pytest.mark.plots
 def test_a_map_is_measured_against_references_of_any_grid(
     run_canopy_map: Callable[..., Ended], inputs: list[str], tmp_path: Path
 ) -> None:
@@ -420,7 +422,7 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "flags", "expected"),
     [
-        ("bands", [], "has 9 bands; expected are the 10 that the run knows, B2 B3"),
+        ("bands", [], "has 9 bands; the 10 that the run knows are expected, B2 B3"),
         ("grid", [], "has another grid (70 x 101 pixels from 500000 6500000) than"),
         ("crs", [], "but S2_20240301_test.tif in EPSG:32631"),
         ("degrees", [], "is in degrees; heights are mapped on a grid in metres"),

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DEFAULTS, PROJECT, Ended, Runner, environment
+from conftest import DEFAULTS, PROJECT, Ended, Runner, environment, quick_environment
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -265,7 +265,7 @@ LONG = ("dataset=demo", "model=ResNet18T", "num_channels=8 8 8 8", "folds=3", "e
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     arguments = [part for text in flags for part in (f"--{text.split('=')[0]}", text.split("=", 1)[1])]
     command = [sys.executable, str(PROJECT / "main.py"), *arguments]
-    environ = environment() | {"SECONDS_BETWEEN_CHECKPOINTS": "0"}
+    environ = quick_environment() | {"SECONDS_BETWEEN_CHECKPOINTS": "0"}
     return subprocess.Popen(command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import PROJECT, environment, running_cluster
+from conftest import PROJECT, environment, quick_environment, running_cluster
 from test_training import fold_data, new_training
 
 from utils.errors import InputError
@@ -31,7 +31,7 @@ runpy.run_module("main", run_name="__main__")
 
 def start(folder: Path, processes: int, *flags: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    environ = environment() | {"SECONDS_BETWEEN_CHECKPOINTS": "0"}
+    environ = quick_environment() | {"SECONDS_BETWEEN_CHECKPOINTS": "0"}
     command = [sys.executable, "-c", WRAPPER, str(processes), str(PROJECT), *FLAGS, *flags]
     return subprocess.Popen(command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -104,7 +104,7 @@ def test_a_process_that_the_system_ends_is_told_and_the_run_goes_on_later(tmp_pa
     wait_for_processes(run, 10)[0].kill()
     _, errors = run.communicate(timeout=20)
     assert run.returncode == 2
-    assert "the system ended a process of the training, probably for want of memory; to go on" in errors
+    assert "the system ended a process of the training, probably because memory ran out; to resume" in errors
     assert "Traceback" not in errors
     again = start(tmp_path, 2, "--epochs", "30", "--warmup_epochs", "1")
     output, errors = again.communicate(timeout=100)
