@@ -131,7 +131,7 @@ def find_series(
                 f"images (image_name, {', '.join(ANGLES)}) or tags of these names"
             )
         if without:
-            say(f"Left out for want of sun or view angles: {len(without)}, {Path(without[0].path).name} for example")
+            say(f"Left out, without sun or view angles: {len(without)}, {Path(without[0].path).name} for example")
         found = [image for image in found if image.angles is not None]
     with opened(paths[0]) as raster:
         block = raster.block_shapes[0][0]
@@ -167,7 +167,7 @@ def _check_image(path: Path) -> tuple[Grid, tuple[int, ...], Mapping[str, str]]:
     with opened(path) as raster:
         if raster.count != len(BANDS):
             raise InputError(
-                f"{path} has {raster.count} bands; expected are the {len(BANDS)} that the run knows, {' '.join(BANDS)}"
+                f"{path} has {raster.count} bands; the {len(BANDS)} that the run knows are expected, {' '.join(BANDS)}"
             )
         if raster.dtypes[0] not in ("int16", "uint16"):
             raise InputError(f"{path} is of type {raster.dtypes[0]}; expected is reflectance x 10 000 as int16 or uint16")
@@ -181,7 +181,7 @@ def _check_image(path: Path) -> tuple[Grid, tuple[int, ...], Mapping[str, str]]:
             return grid, tuple(range(1, len(BANDS) + 1)), raster.tags()
         if sorted(names) != sorted(BANDS):
             unknown = ", ".join(sorted(set(names) - set(BANDS))) or "a band twice"
-            raise InputError(f"{path} has bands that the run does not know ({unknown}); expected are {' '.join(BANDS)}")
+            raise InputError(f"{path} has bands that the run does not know ({unknown}); {' '.join(BANDS)} are expected")
         return grid, tuple(names.index(band) + 1 for band in BANDS), raster.tags()
 
 
