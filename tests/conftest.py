@@ -153,6 +153,20 @@ def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_root(tmp_path_factory.mktemp("tiles"), small=True)
 
 
+@pytest.fixture(scope="session")
+def guild_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Makes a folder a home of Guild; all homes share what Guild keeps of the scripts' flags, which take it long to read."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "guild_cache"
+    cache.mkdir(exist_ok=True)
+
+    def make(folder: Path) -> Path:
+        (folder / "cache").symlink_to(cache)
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def run_script(tmp_path: Path) -> Runner:
     """Run a script of the project in the test's own folder, `flag=value` as in Guild."""

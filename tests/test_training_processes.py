@@ -1,7 +1,6 @@
 """Networks shared among processes, which does not show in a result."""
 
 import multiprocessing
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,18 +84,6 @@ def test_the_last_network_of_a_resumed_run_trains_on_one_thread_too(training: Tr
     assert expected.records == shared.records and shared.state.epoch == 1
     for name, tensor in expected.state.network.items():
         assert torch.equal(tensor, shared.state.network[name])
-
-
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_its_run(tmp_path: Path, end: signal.Signals) -> None:
-    run = start(tmp_path, 2, "--epochs", "400", "--warmup_epochs", "1")
-    processes = wait_for_processes(run, 1)
-    assert len(processes) == 2
-    run.send_signal(end)
-    _, errors = run.communicate(timeout=20)
-    assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not alive
 
 
 def test_a_process_that_the_system_ends_is_told_and_the_run_goes_on_later(tmp_path: Path) -> None:
