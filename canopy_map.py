@@ -359,4 +359,7 @@ def write_results(
 
 
 if __name__ == "__main__":
-    run_or_explain(main)
+    # By the module's name, by which workers find its types: Guild runs a script within a `__main__` of its own.
+    import canopy_map
+
+    run_or_explain(canopy_map.main)

@@ -395,16 +395,18 @@ def to_onnx(run: Exportable, properties: Mapping[str, Any], generator: torch.Gen
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporter says of itself, which no user can act on."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without what the exporter says of itself, which no user can act on; Guild shows all information that is logged."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 @torch.no_grad()

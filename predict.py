@@ -389,4 +389,7 @@ def summarise(trained: Trained, path: Path, grid: Grid, seconds: float, note: st
 
 
 if __name__ == "__main__":
-    run_or_explain(main)
+    # By the module's name, by which workers find its types: Guild runs a script within a `__main__` of its own.
+    import predict
+
+    run_or_explain(predict.main)
