@@ -126,7 +126,7 @@ def _write_jp2(path: Path, numbers: NDArray[np.uint8] | NDArray[np.uint16], grid
         raster.write(numbers, 1)
 
 
-def element(name: str, *parts: Element | str | float, **attributes: str) -> Element:
+def element(name: str, /, *parts: Element | str | float, **attributes: str) -> Element:
     """An XML element with a text or with others in it."""
     result = Element(name, attributes)
     for part in parts:
