@@ -438,7 +438,7 @@ def spoil(folder: Path, how: str) -> None:
         ("other map", [], "height.tif exists and is of another map"),
         ("no images", [], "has none of SAFE or Theia products"),
         ("", ["images=nowhere"], "nowhere does not exist; a folder or a list of SAFE or Theia"),
-        ("", ["year=2020"], "year=2020: no image is of that year; there are 2024"),
+        ("", ["year=2020"], "images=images: no product is of 2020; there are 2024"),
         ("", ["run=elsewhere"], "run=elsewhere: a folder, or the id of one run"),
         ("", ["area=0,0,1,1"], "holds no pixel"),
         ("", ["min_dates=8"], "no pixel has min_dates=8 clear dates among the 7 images"),

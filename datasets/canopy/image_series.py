@@ -14,7 +14,7 @@ from rasterio.windows import Window
 from datasets.canopy.catalogue import ANGLES, BANDS, NODATA
 from datasets.products import CLEAR, CLOUD, MISSING, WATER, Product, find_products
 from datasets.products.geotiffs import ANGLE_TABLE
-from datasets.products.product import place_of
+from datasets.products.product import refuse_other_grid
 from utils.errors import InputError
 from utils.rasters import Grid
 from utils.runs import whole_file
@@ -83,7 +83,7 @@ def find_series(
         raise InputError(f"the images are of {', '.join(map(str, years))}: year=... says which are to be mapped")
     grid = found[0].grid
     for image in found[1:]:
-        _refuse_other_grid(image, found[0])
+        refuse_other_grid(image.path, image.grid, found[0].name, grid)
     say(f"Images: {len(found)} of {years[0]}, {sum(image.masked for image in found)} with a mask")
     if angles:
         # The middle of the grid stands for all of it: grids of angles have no gaps.
@@ -99,17 +99,6 @@ def find_series(
         found = [image for image in found if image not in without]
     block = max(image.block for image in found)
     return ImageSeries(tuple(found), grid, block * -(-STRIP // block), angles)
-
-
-def _refuse_other_grid(image: Product, first: Product) -> None:
-    if image.grid.crs != first.grid.crs:
-        raise InputError(
-            f"{image.path} is in {image.grid.crs.to_string()}, but {first.name} in {first.grid.crs.to_string()}"
-        )
-    if image.grid != first.grid:
-        raise InputError(
-            f"{image.path} has another grid ({place_of(image.grid)}) than {first.name} ({place_of(first.grid)})"
-        )
 
 
 class SeriesReader:

@@ -81,11 +81,9 @@ def _metadata(
     nodes = angles_at_nodes(angles, grid)
     place = {"ULX": grid.transform.c, "ULY": grid.transform.f, "XDIM": 10, "YDIM": -10, "NROWS": grid.height}
     place |= {"NCOLS": grid.width}
-    views = []
-    for band in BANDS:
-        grids = view_grids(nodes, band).items()
-        detectors = [element("Viewing_Incidence_Angles_Grids", *parts, detector_id=f"{key:0>2}") for key, parts in grids]
-        views.append(element("Band_Viewing_Incidence_Angles_Grids_List", *detectors, band_id=band))
+    views = {band: element("Band_Viewing_Incidence_Angles_Grids_List", band_id=band) for band in BANDS}
+    for band, detector, parts in view_grids(nodes, BANDS):
+        views[band].append(element("Viewing_Incidence_Angles_Grids", *parts, detector_id=f"{detector:0>2}"))
     return element(
         "Muscate_Metadata_Document",
         element(
@@ -118,7 +116,7 @@ def _metadata(
             element(
                 "Angles_Grids_List",
                 element("Sun_Angles_Grids", *angle_grids(nodes[0], nodes[1])),
-                element("Viewing_Incidence_Angles_Grids_List", *views),
+                element("Viewing_Incidence_Angles_Grids_List", *views.values()),
             ),
         ),
     )

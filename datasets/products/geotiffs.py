@@ -33,8 +33,8 @@ from datasets.products.product import (
     Band,
     Product,
     grid_of,
-    place_of,
     read_codes,
+    refuse_other_grid,
 )
 from utils.errors import InputError
 from utils.rasters import Grid
@@ -182,9 +182,7 @@ def _mask_of(image: Path, grid: Grid) -> tuple[str, int]:
     with opened(path) as raster:
         if raster.count != 1 or raster.dtypes[0] != "uint8":
             raise InputError(f"{path} is no mask: one band of uint8 is expected")
-        found = grid_of(raster, str(path))
-        if found != grid:
-            raise InputError(f"{path} has another grid ({place_of(found)}) than {image.name} ({place_of(grid)})")
+        refuse_other_grid(str(path), grid_of(raster, str(path)), image.name, grid)
         return str(path), MASK_NODATA if raster.nodata is None else int(raster.nodata)
 
 

@@ -273,6 +273,18 @@ def grid_of(raster: DatasetReader, path: str) -> Grid:
     return Grid(crs, transform, raster.height, raster.width)
 
 
+def refuse_other_grid(path: str, grid: Grid, reference: str, expected: Grid) -> None:
+    """Refuse a file whose grid is not that of another.
+
+    Raises:
+        InputError: it has another coordinate system, place or size.
+    """
+    if grid.crs != expected.crs:
+        raise InputError(f"{path} is in {grid.crs.to_string()}, but {reference} in {expected.crs.to_string()}")
+    if grid != expected:
+        raise InputError(f"{path} has another grid ({place_of(grid)}) than {reference} ({place_of(expected)})")
+
+
 def place_of(grid: Grid) -> str:
     """Size and corner of a grid, in words."""
     return f"{grid.height} x {grid.width} pixels from {grid.transform.c:.0f} {grid.transform.f:.0f}"

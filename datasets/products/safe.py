@@ -124,7 +124,8 @@ def read_safe(package: Package) -> Product:
     for band in BANDS:
         factor = 1 if band in FINE_BANDS else 2
         image = _image(package, header.images, f"{_two_digits(band)}_{10 * factor}m")
-        block = max(block, _check_image(package, image, grid, factor)) if factor == 1 else block
+        rows = _check_image(package, image, grid, factor)
+        block = max(block, rows) if factor == 1 else block
         gain = UNIT / header.quantification
         bands.append(Band(package.gdal(image), 1, gain, gain * header.offsets.get(band, 0.0), NODATA_NUMBER, factor))
     classes = _image(package, header.images, "SCL_20m")

@@ -16,6 +16,7 @@ What the numbers mean, of the first that applies:
 The scale is what the asset states, else 0.0001. Catalogues are wrong in places; what contradicts the darkest pixels is said.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from pystac.utils import make_absolute_href
 from pystac_client import Client
 from pystac_client.exceptions import APIError
+from pystac_client.stac_api_io import StacApiIO
 from rasterio.crs import CRS
 from rasterio.windows import Window
 from tqdm import tqdm
@@ -66,6 +68,7 @@ DARK_BANDS = ("B4", "B12")
 DARKEST = 1  # percentile of the pixels
 BRIGHT, NEGATIVE = 1000, -200  # reflectance x 10 000 of the darkest pixels, from which on the offset is doubtful
 THUMBNAIL = 256  # pixels of a side that the darkest are looked for among
+TIMEOUT, RETRIES = 60, 3  # seconds for an answer, and tries
 THREADS = 8  # for opening files, which mostly waits for the network
 QUERY = ("collections", "ids", "bbox", "datetime", "query", "filter", "intersects")
 """What an address may ask an API for."""
@@ -95,7 +98,7 @@ class StacProduct(Product):
         if not self.metadata:
             return np.tile(np.array(self.mean_angles, dtype=np.float64), (len(points), 1))
         try:
-            content = pystac.StacIO.default().read_text(self.metadata).encode()
+            content = _io().read_text(self.metadata).encode()
         except FAILURES as error:
             raise InputError(f"{self.metadata} of {self.name} cannot be read: {error}") from error
         root = parse_xml(content, self.metadata, "Level-2A_Tile_ID")
@@ -135,10 +138,14 @@ def find_items(
     return products
 
 
+def _io() -> StacApiIO:
+    """What reads documents, from files and from the web, where it has patience and tries several times."""
+    return StacApiIO(timeout=TIMEOUT, max_retries=RETRIES)
+
+
 def _static(address: str) -> Iterator[pystac.Item]:
     """Items of a catalogue of files."""
-    content = pystac.StacIO.default().read_text(address)
-    document = pystac.StacIO.default().json_loads(content)
+    document = json.loads(_io().read_text(address))
     kind = document.get("type")
     if kind == "FeatureCollection":
         for item in pystac.ItemCollection.from_dict(document, preserve_dict=False):
@@ -146,14 +153,14 @@ def _static(address: str) -> Iterator[pystac.Item]:
                 item.set_self_href(make_absolute_href(f"{item.id}.json", address))
             yield item
     elif kind == "Feature":
-        yield pystac.Item.from_file(address)
+        yield pystac.Item.from_file(address, stac_io=_io())
     elif "conformsTo" in document:
         raise InputError(
             f"{address} is a STAC API; what to ask it for is expected behind it, as "
             f"{address.rstrip('/')}?collections=sentinel-2-l2a&bbox=west,south,east,north"
         )
     elif kind in ("Catalog", "Collection"):
-        yield from pystac.Catalog.from_file(address).get_items(recursive=True)
+        yield from pystac.Catalog.from_file(address, stac_io=_io()).get_items(recursive=True)
     else:
         raise InputError(f"{address} is no STAC catalogue, collection or item: its type is {kind}")
 
@@ -171,14 +178,16 @@ def _search(address: str, years: Collection[int], bounds: tuple[float, ...] | No
         asked["bbox"] = list(bounds)
     if not {"bbox", "intersects", "ids"} & set(asked):
         raise InputError(f"{address} says nothing of the place: bbox=west,south,east,north is expected, in degrees")
+    if len(str(asked.get("bbox", "1,2,3,4")).split(",")) != 4:
+        raise InputError(f"{address}: bbox=west,south,east,north is expected, four numbers in degrees")
     for name in ("collections", "ids"):
         asked |= {name: asked[name].split(",")} if name in asked else {}
     if years and "datetime" not in asked:
         asked["datetime"] = f"{min(years)}-01-01T00:00:00Z/{max(years)}-12-31T23:59:59Z"
     for name in ("query", "intersects"):
-        asked |= {name: pystac.StacIO.default().json_loads(asked[name])} if name in asked else {}
+        asked |= {name: json.loads(asked[name])} if name in asked else {}
     base = parts._replace(query="", path=parts.path.rstrip("/").removesuffix("/search")).geturl()
-    yield from Client.open(base).search(**asked).items()
+    yield from Client.open(base, stac_io=_io()).search(**asked).items()
 
 
 def _year(item: pystac.Item) -> int | None:
