@@ -37,6 +37,7 @@ from datasets.canopy.image_series import ImageSeries, Limits, find_series, grown
 from datasets.canopy.map_evaluation import score_map
 from datasets.canopy.map_reference import RESAMPLINGS, UNITS, MapReference
 from datasets.canopy.tiles import Statistics, standardise
+from datasets.products import RESAMPLINGS as IMAGE_RESAMPLINGS
 from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
 from utils import processes, rasters
 from utils.canopy import maps
@@ -62,7 +63,7 @@ from utils.runs import (
 CHECKPOINTS = ("best", "second_best", "last")  # in use for the spread
 # What a map depends on, beside model, images and area.
 DATE_FLAGS = ("cell", "max_cloud", "max_dates", "max_missing", "min_dates", "min_valid")
-IDENTITY_FLAGS = (*DATE_FLAGS, "delta_day", "precision", "uncertainty", "window")
+IDENTITY_FLAGS = (*DATE_FLAGS, "delta_day", "precision", "resampling", "uncertainty", "window")
 
 parser = FlagParser(prog="canopy_map.py", description=__doc__)
 parser.flag("area", str, "all", "all, or the part to map: left,bottom,right,top in the images' grid, or a GeoJSON file")
@@ -80,6 +81,7 @@ parser.flag("precision", one_of("auto", "32", "bf16"), "auto", "32, bf16, or aut
 parser.flag("reference", str, "none", "none, or folder or list of rasters of heights, to measure the map")
 parser.flag("reference_resampling", one_of(*RESAMPLINGS), "auto", f"{', '.join(RESAMPLINGS)}; auto: max where finer")
 parser.flag("reference_unit", one_of(*UNITS), "auto", "of the reference: dm, m, or auto: dm if whole numbers, else m")
+parser.flag("resampling", one_of(*IMAGE_RESAMPLINGS), "nearest", "of bands of 20 m: nearest (as published) or bilinear")
 parser.flag("run", str, "newest", "finished canopy run: id or its beginning, folder, or newest")
 parser.flag("scheduler", str, "none", "none, or the address of a Dask scheduler, as tcp://host:8786")
 parser.flag("uncertainty", yes_no, "no", "yes/no, a layer of the spread over checkpoints and over subsets of the dates")
@@ -122,7 +124,8 @@ def main() -> None:
     images, simulated = images_of(flags["images"])
     if simulated:
         say(f"The images are simulated: {images}")
-    series = find_series(images, called_from(), flags["year"], record["angles"], say)
+    settings = {"resampling": flags["resampling"], "bounds": rasters.degrees_of(flags["area"], called_from())}
+    series = find_series(images, called_from(), flags["year"], record["angles"], say, **settings)
     area = rasters.area_window(flags["area"], series.grid, called_from())
     net = network_of(record)
     outputs = height_outputs(net.factor, flags["uncertainty"])

@@ -31,6 +31,8 @@ class ImageSeries(NamedTuple):
     """Rows of a strip, which is read from a file at once: whole blocks of the files."""
     with_angles: bool
     """Whether the network sees sun and view angles, which all images then have."""
+    resampling: str = "nearest"
+    """How bands of 20 m are brought to 10 m."""
 
     @property
     def days(self) -> NDArray[np.int64]:
@@ -63,7 +65,14 @@ def _state_of(file: str) -> tuple[Any, ...]:
 
 
 def find_series(
-    images: str, folder: Path, year: int | None, angles: bool, say: Callable[[str], None] = print
+    images: str,
+    folder: Path,
+    year: int | None,
+    angles: bool,
+    say: Callable[[str], None] = print,
+    *,
+    resampling: str = "nearest",
+    bounds: tuple[float, float, float, float] | None = None,
 ) -> ImageSeries:
     """Find and check the images of a year.
 
@@ -73,14 +82,21 @@ def find_series(
         year: of the images that are used; that of all of them if None.
         angles: whether the network sees angles: images without all four are left out.
         say: takes lines on what is used and left out.
+        resampling: nearest or bilinear, of bands of 20 m.
+        bounds: west, south, east, north in degrees that items of STAC must touch.
 
     Raises:
         InputError: there is nothing to use, or a product is not whole or has another grid than the others.
     """
-    found = find_products(images, folder, () if year is None else (year,), say, flag="images")
+    found = find_products(images, folder, () if year is None else (year,), say, flag="images", bounds=bounds)
     years = sorted({image.date.year for image in found})
     if len(years) > 1:
         raise InputError(f"the images are of {', '.join(map(str, years))}: year=... says which are to be mapped")
+    tiles = sorted({image.tile for image in found})
+    if len(tiles) > 1 and len({image.grid for image in found}) > 1:
+        raise InputError(
+            f"the images are of tiles {', '.join(tiles)}: one tile is mapped at a time, by images=... of its own"
+        )
     grid = found[0].grid
     for image in found[1:]:
         refuse_other_grid(image.path, image.grid, found[0].name, grid)
@@ -98,7 +114,7 @@ def find_series(
             say(f"Left out, without sun or view angles: {len(without)}, {without[0].name} for example")
         found = [image for image in found if image not in without]
     block = max(image.block for image in found)
-    return ImageSeries(tuple(found), grid, block * -(-STRIP // block), angles)
+    return ImageSeries(tuple(found), grid, block * -(-STRIP // block), angles, resampling)
 
 
 class SeriesReader:
@@ -181,7 +197,7 @@ class SeriesReader:
     def _read_strip(self, kind: str, number: int, strip: int) -> NDArray[Any]:
         image, top = self.series.images[number], strip * self.series.strip
         window = Window(self.first, top, self.columns, min(self.series.strip, self.series.grid.height - top))
-        return image.read(window) if kind == "bands" else image.states(window)
+        return image.read(window, resampling=self.series.resampling) if kind == "bands" else image.states(window)
 
 
 def grown(window: Window, by: int) -> Window:

@@ -146,8 +146,12 @@ def _write_product(
 def _landscapes(acquisitions: list[canopy.Acquisition], seed: int) -> Iterator[Seen]:
     """Draw the landscapes, each with its own seed, row by row."""
     tasks = [(acquisitions, (seed, number)) for number in range(ACROSS**2)]
+    processes = min(len(sched_getaffinity(0)), len(tasks))
+    if processes == 1:
+        yield from map(_draw, tasks)
+        return
     # Spawned, since libraries loaded here may have started threads, which do not survive a fork.
-    with ProcessPoolExecutor(min(len(sched_getaffinity(0)), len(tasks)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_draw, tasks)
 
 
