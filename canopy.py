@@ -106,7 +106,7 @@ parser.flag("max_dates", auto_or(whole(1)), "auto", "maximum number of images in
 parser.flag("max_masked", real(0, 100), 50, "percent, maximum share of cloud-masked pixels in an image")
 parser.flag("min_dates", whole(1), 5, "minimum number of images of a square")
 parser.flag("min_valid", real(0, 100), 100, "percent, minimum share of valid pixels in an image")
-parser.flag("min_vegetation", real(0, 100), 10, "percent, minimum tall vegetation of a square, if masks are in use")
+parser.flag("min_vegetation", real(0, 100), 10, "percent, minimum tall vegetation of a square, if masks are used")
 parser.flag("num_dense_layers", auto_or(whole(1)), "auto", "rdn: convolutions in a dense block")
 parser.flag("num_nodes", whole(1), 1, "machines, under torchrun or Slurm")
 parser.flag("num_rdb", auto_or(whole(1)), "auto", "rdn: residual dense blocks")

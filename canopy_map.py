@@ -1,7 +1,7 @@
 """Operation canopy-map: height maps of any size from a year of images, by the network of a finished canopy run.
 
 Dates are chosen for each cell of a fixed grid, as Kalinicheva et al. choose them (THREASURE-Net, Remote Sensing of
-Environment 2026); windows of computing are independent of the cells. A map that was interrupted goes on with the
+Environment 2026); windows of computing are independent of the cells. An interrupted map resumes with the
 windows that it lacks.
 """
 
@@ -60,7 +60,7 @@ from utils.runs import (
     write_json,
 )
 
-CHECKPOINTS = ("best", "second_best", "last")  # in use for the spread
+CHECKPOINTS = ("best", "second_best", "last")  # that the spread is over
 # What a map depends on, beside model, images and area.
 DATE_FLAGS = ("cell", "max_cloud", "max_dates", "max_missing", "min_dates", "min_valid")
 IDENTITY_FLAGS = (*DATE_FLAGS, "delta_day", "precision", "resampling", "uncertainty", "window")
@@ -177,7 +177,7 @@ def digest_of(paths: Sequence[str]) -> str:
 
 
 def resolve_auto_flags(flags: dict[str, Any], record: dict[str, Any], device: torch.device) -> None:
-    """Replace auto by the values in force, in place."""
+    """Replace auto by the values it stands for, in place."""
     for name in ("max_dates", "min_dates"):
         flags[name] = flags[name] or record["flags"][name]
     if flags["workers"] is None:

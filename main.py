@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def resolve_auto_flags(flags: dict[str, Any]) -> None:
-    """Replace auto by the published value in force, in place; what has no effect on the model stays auto."""
+    """Replace auto by the published value, in place; what has no effect on the model stays auto."""
     options = recipe_for(flags["model"], flags).options if flags["model"] in NETWORKS else {}
     for name in OPTIMIZER_FLAGS:
         if flags[name] is None:

@@ -326,7 +326,7 @@ def predict_map(
         "input_sha256": series.digest(),
     }
     rasters.begin_map(Path(), [output], identity)
-    # A map that goes on does so from the same area.
+    # A resumed map uses the same area of applicability.
     area = read_tensors(AREA)[1] if AREA.exists() else prepare_area(trained, folds, AREA)
     say(describe_area(area))
     spec = MapSpec(str(trained.folder.resolve()), str(AREA.resolve()), flags["level"], str(device), series)

@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import meta_device
 import torch
+from blank_plots import save_blank
 
 import main
 
@@ -45,6 +46,18 @@ def environment() -> dict[str, str]:
     """The environment of a script under test: no Guild run around it."""
     ours = ("RUN_ID", "RUN_DIR", "PROJECT_DIR", "CMD_DIR", "DEVICE")
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def quick_environment() -> dict[str, str]:
+    """An environment whose scripts draw no plots and grow few trees (`site/sitecustomize.py`)."""
+    return environment() | {"PYTHONPATH": os.pathsep.join([str(PROJECT / "tests" / "site"), str(PROJECT / "tests")])}
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests that are marked with `plots` draw them."""
+    if "plots" not in request.keywords:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +151,20 @@ def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from datasets.canopy.demo import demo_root
 
     return demo_root(tmp_path_factory.mktemp("tiles"), small=True)
+
+
+@pytest.fixture(scope="session")
+def guild_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Makes a folder a home of Guild; all homes share what Guild keeps of the scripts' flags, which take it long to read."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "guild_cache"
+    cache.mkdir(exist_ok=True)
+
+    def make(folder: Path) -> Path:
+        (folder / "cache").symlink_to(cache)
+        return folder
+
+    return make
 
 
 @pytest.fixture

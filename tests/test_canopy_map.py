@@ -149,6 +149,7 @@ def plain_heights(folder: Path, paths: Sequence[Path], reach: int) -> NDArray[np
     return result
 
 
+@pytest.mark.plots
 def test_a_map_has_the_network_s_heights_up_to_the_edges(
     run_canopy_map: Callable[..., Ended], inputs: list[str], tmp_path: Path
 ) -> None:
@@ -295,6 +296,7 @@ def write_reference(path: Path, heights: NDArray[Any], crs: str, scale: float, *
     write_tif(path, moved, left, top, 2.5, crs, nodata=-9.0)
 
 
+@pytest.mark.plots
 def test_a_map_is_measured_against_references_of_any_grid(
     run_canopy_map: Callable[..., Ended], inputs: list[str], tmp_path: Path
 ) -> None:

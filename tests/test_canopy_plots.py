@@ -12,6 +12,8 @@ from utils.canopy.metrics import BIN, BINS, class_names
 from utils.canopy.plots import Scene, density_scatter, error_by_class, scenes, true_colour
 from utils.plots import BOTH_COLUMNS, PRINT_DPI, as_image, save_plot
 
+pytestmark = pytest.mark.plots
+
 TITLE = "Canopy height at 2.5 m, validation 1000 after step 1000000\nsimulated tiles, seed 42"
 EVERY = {"pixels": 1200, "mae": 2.0, "rmse": 3.0, "bias": -0.5, "r2": 0.75}
 

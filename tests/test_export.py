@@ -338,8 +338,8 @@ def test_a_full_disk_leaves_no_file(
     assert not list((tmp_path / "export").iterdir())
 
 
-def test_export_runs_and_compares_under_guild(tmp_path: Path) -> None:
-    environ = environment() | {"GUILD_HOME": str(tmp_path), "COLUMNS": "300"}
+def test_export_runs_and_compares_under_guild(tmp_path: Path, guild_home: Callable[[Path], Path]) -> None:
+    environ = environment() | {"GUILD_HOME": str(guild_home(tmp_path)), "COLUMNS": "300"}
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(GUILD), *arguments]

@@ -135,9 +135,9 @@ def drawn(url: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, guild_home: Callable[[Path], Path]) -> Path:
     """A home with one short run."""
-    home = tmp_path_factory.mktemp("guild")
+    home = guild_home(tmp_path_factory.mktemp("guild"))
     flags = ["dataset=demo", "model=MLP", "seed=7", "epochs=2", "warmup_epochs=1"]
     environ = environment() | {"GUILD_HOME": str(home)}
     command = [GUILD, "run", "main", *flags, "--yes"]

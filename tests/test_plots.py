@@ -16,6 +16,8 @@ from utils.errors import InputError
 from utils.metrics import Scores, score
 from utils.plots import BOTH_COLUMNS, COLUMN, MAX_GROUPS, as_image, losses, save_plot, scatter
 
+pytestmark = pytest.mark.plots
+
 TARGET = "above-ground biomass of grasses and herbs (g per square metre of dry weight)"
 
 

@@ -63,6 +63,7 @@ def test_each_row_with_its_own_folds_models_gives_back_the_runs_predictions(runs
         assert (trained.covariates[name] == values[order]).all()
 
 
+@pytest.mark.plots
 def test_a_table_with_observations_gets_predictions_figures_and_a_picture(
     runs: Callable[[str], Path], run_predict: Callable[..., Ended], tmp_path: Path
 ) -> None:

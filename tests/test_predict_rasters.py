@@ -144,6 +144,7 @@ def test_the_map_of_the_tables_rows_is_what_the_table_gives(
         assert "in the order of the list" in done.stdout
 
 
+@pytest.mark.plots
 def test_a_map_explains_itself(
     run_folder: Path, rows: pd.DataFrame, run_predict: Callable[..., Ended], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ def exact_training(model: str) -> Training:
     """Networks in double precision, in which differences do not grow to the size of a step, and without dropout."""
 
     def make(seed: int) -> nn.Module:
-        network = make_network(model, 10, 16, DEFAULTS | SMALL, seed).double()
+        network = make_network(model, 10, 16, DEFAULTS | SMALL | {"num_filters": 8}, seed).double()
         for layer in network.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0

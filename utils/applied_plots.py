@@ -95,8 +95,8 @@ def quick_look(path: Path, title: str, target: str, threshold: float, level: flo
         unit = length_unit(raster.crs)
     with np.errstate(invalid="ignore"):  # infinite ends
         panels = {
-            f"{target}": layers["mean"],
-            f"width of {level:.0%} intervals": layers["upper"] - layers["lower"],
+            target: layers["mean"],
+            f"width of {level:.0%} intervals{unit_of(target)}": layers["upper"] - layers["lower"],
             f"dissimilarity (line: {threshold:.2f})": layers["dissimilarity"],
         }
     ratio = shape[1] / shape[2]
@@ -116,6 +116,12 @@ def quick_look(path: Path, title: str, target: str, threshold: float, level: flo
     add_scale_bar(figure.axes[0], shape[2], pixel, unit)
     figure.suptitle(wrapped(f"{title}; line: edge of the area of applicability; grey: no data", 110))
     return figure
+
+
+def unit_of(target: str) -> str:
+    """The unit in the name of what is predicted, " (species)" of "species richness (species)"; empty without one."""
+    start = target.rfind(" (")
+    return target[start:] if start >= 0 and target.endswith(")") else ""
 
 
 def length_unit(crs: CRS) -> tuple[str, float]:

@@ -145,8 +145,8 @@ def area_window(area: str, grid: Grid, folder: Path) -> Window:
     if columns[0] >= columns[1] or rows[0] >= rows[1]:
         there = " ".join(f"{part:.0f}" for part in rasterio.transform.array_bounds(grid.height, grid.width, grid.transform))
         raise InputError(
-            f"area={area} ({left:.0f} {bottom:.0f} {right:.0f} {top:.0f}) holds no pixel; expected are left, bottom, right, "
-            f"top within {there} ({grid.crs.to_string()})"
+            f"area={area} ({left:.0f} {bottom:.0f} {right:.0f} {top:.0f}) holds no pixel; left, bottom, right, top within "
+            f"{there} ({grid.crs.to_string()}) are expected"
         )
     return Window(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
 
@@ -204,8 +204,8 @@ def workers(count: int, scheduler: str = "") -> Iterator[Run]:
             yield functools.partial(_bounded, pool, lambda: AHEAD * count)
         except BrokenProcessPool as error:
             raise InputError(
-                f"the system ended a worker, probably for want of memory; with fewer workers or a smaller window, go on by "
-                f"{how_to_resume()}"
+                f"the system ended a worker, probably because memory ran out; resume with fewer workers or a smaller "
+                f"window: {how_to_resume()}"
             ) from error
         except BaseException:
             for process in multiprocessing.active_children():
@@ -225,8 +225,8 @@ def _cluster(scheduler: str) -> Iterator[Run]:
             yield functools.partial(_bounded, client.get_executor(pure=False), limit)
         except KilledWorker as error:
             raise InputError(
-                f"several workers of {scheduler} died of the same window, probably for want of memory; with a smaller "
-                f"window or more memory, go on by {how_to_resume()}"
+                f"several workers of {scheduler} died of the same window, probably because memory ran out; resume with a "
+                f"smaller window or more memory: {how_to_resume()}"
             ) from error
 
 

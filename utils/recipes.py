@@ -112,14 +112,14 @@ def set_learning_rate(
     Args:
         recipe: of the training.
         optimizer: whose rate it is.
-        scheduler: in force; without effect in warm-up.
+        scheduler: the current one; without effect in warm-up.
         epoch: from 0, warm-up included.
         warmup_epochs: of linearly rising rate.
         epochs: after them.
         validation_loss: the latest, by which plateau schedules go.
 
     Returns:
-        The scheduler in force from this epoch on.
+        The scheduler from this epoch on.
     """
     if epoch < warmup_epochs:
         warm_up(optimizer, recipe, epoch, warmup_epochs)

@@ -192,7 +192,7 @@ def _telling_of_ended_processes() -> Iterator[None]:
         yield
     except (EOFError, ConnectionError) as error:
         raise InputError(
-            f"the system ended a process of the training, probably for want of memory; to go on from the last saved "
+            f"the system ended a process of the training, probably because memory ran out; to resume from the last saved "
             f"epoch: {how_to_resume()}"
         ) from error
 

@@ -135,7 +135,9 @@ def load_splits(
     }
     for context, one in samples.items():
         if not one.any_vegetation():
-            raise InputError(f"{root}: no {context} square has tall vegetation (a height above 0 that is not masked) in use")
+            raise InputError(
+                f"{root}: no selected {context} square has tall vegetation (a height above 0 that is not masked)"
+            )
     found = find_statistics(samples["training"].patches, statistics, lidar_resolution, seed)
     log(f"Statistics for standardisation: {found.source}")
     digests = {context: content_digest(one.patches) for context, one in samples.items()}
