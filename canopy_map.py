@@ -61,6 +61,7 @@ from utils.runs import (
 )
 
 CHECKPOINTS = ("best", "second_best", "last")  # that the spread is over
+LEVELS = 4  # of folders between an image and the mark of simulated ones, at most
 # What a map depends on, beside model, images and area.
 DATE_FLAGS = ("cell", "max_cloud", "max_dates", "max_missing", "min_dates", "min_valid")
 IDENTITY_FLAGS = (*DATE_FLAGS, "delta_day", "precision", "resampling", "uncertainty", "window")
@@ -121,11 +122,12 @@ def main() -> None:
     resolve_auto_flags(flags, record, device)
     add_to_label(f"{flags['images']} by ", f"by {flags['run']}", changed)
     say(f"Run: {run_folder}, {record['resolution']:g} m{' (trained on simulated tiles)' if record['simulated'] else ''}")
-    images, simulated = images_of(flags["images"])
-    if simulated:
-        say(f"The images are simulated: {images}")
+    images = images_of(flags["images"])
     settings = {"resampling": flags["resampling"], "bounds": rasters.degrees_of(flags["area"], called_from())}
     series = find_series(images, called_from(), flags["year"], record["angles"], say, **settings)
+    simulated = is_simulated(series)
+    if simulated:
+        say(f"The images are simulated: {images}")
     area = rasters.area_window(flags["area"], series.grid, called_from())
     net = network_of(record)
     outputs = height_outputs(net.factor, flags["uncertainty"])
@@ -187,15 +189,20 @@ def resolve_auto_flags(flags: dict[str, Any], record: dict[str, Any], device: to
         say(line)
 
 
-def images_of(images: str) -> tuple[str, bool]:
-    """Where the images are, and whether they are simulated: without any, those of a test square of the demo."""
+def images_of(images: str) -> str:
+    """Where the images are: without any, those of a test square of the demo."""
     if images != "simulated":
-        place = (called_from() / images).resolve()
-        return images, any((folder / SIMULATED).exists() for folder in (place, *place.parents[:3]))
+        return images
     root = demo_root(project_folder() / "data")
     table = pd.read_parquet(sorted(root.glob("patches/*/*.parquet"))[0])
     square = table[table["context"] == "test"].iloc[0]
-    return str(root / "patches" / square["tile_name"] / square["lidarhd_id"]), True
+    return str(root / "patches" / square["tile_name"] / square["lidarhd_id"])
+
+
+def is_simulated(series: ImageSeries) -> bool:
+    """Whether images lie below a folder that is marked as simulated."""
+    folders = {folder for image in series.images for folder in Path(image.path).absolute().parents[:LEVELS]}
+    return any((folder / SIMULATED).exists() for folder in folders)
 
 
 def inputs_of(flags: dict[str, Any], series: ImageSeries, area: Window, reach: int) -> MapInputs:
