@@ -151,6 +151,15 @@ def area_window(area: str, grid: Grid, folder: Path) -> Window:
     return Window(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
 
 
+def degrees_of(area: str, folder: Path) -> tuple[float, float, float, float] | None:
+    """West, south, east and north of an area in degrees, if it is a GeoJSON file, whatever the grid.
+
+    Raises:
+        InputError: the file is none.
+    """
+    return _bounds_of_geojson(folder / area, CRS.from_epsg(4326)) if (folder / area).is_file() else None
+
+
 def _bounds_of_geojson(path: Path, crs: CRS) -> tuple[float, float, float, float]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
