@@ -1,0 +1,1 @@
+"""Satellite products and point clouds: one file for each kind."""
