@@ -1,1 +1,0 @@
-"""Satellite products and point clouds: one file for each kind."""
