@@ -1,9 +1,9 @@
 """The step `contexts`: squares for training, validation and test, by blocks with a buffer between them.
 
-Heights a few hundred metres apart resemble one another, and images reach beyond their squares: squares drawn one by one would
-let a test see what was trained on (Roberts et al. 2017, Ecography 40; Kattenborn et al. 2022, ISPRS Open Journal 5). All
-squares of a block belong to one context; squares nearer than the buffer to one of a context that ranks before theirs are left
-out: test before validation before training.
+Heights a few hundred metres apart resemble one another, and images reach beyond their squares: of squares drawn one by one,
+a test would see what was trained on (Roberts et al. 2017, Ecography 40; Kattenborn et al. 2022, ISPRS Open Journal 5). All
+squares of a block belong to one context. Squares nearer than the buffer to one of a context that ranks before theirs are
+left out: test before validation before training.
 """
 
 from collections import Counter
@@ -135,7 +135,9 @@ def context_plot(contexts: Mapping[Square, str], block: int, buffer: float, simu
     figure = Figure(figsize=(BOTH_COLUMNS, 0.75 * BOTH_COLUMNS))
     axes = figure.subplots()
     for square, context in contexts.items():
-        axes.add_patch(Rectangle((square.east, square.north - 1), 1, 1, facecolor=colours[context], edgecolor="white", lw=0.5))
+        axes.add_patch(
+            Rectangle((square.east, square.north - 1), 1, 1, facecolor=colours[context], edgecolor="white", lw=0.5)
+        )
     for east, north in {(square.east // block * block, (square.north - 1) // block * block) for square in contexts}:
         axes.add_patch(Rectangle((east, north), block, block, fill=False, edgecolor="black", lw=0.6))
     counts = Counter(contexts.values())

@@ -103,7 +103,9 @@ def thinned(ground: NDArray[np.int32]) -> Floats:
         return np.empty((0, 3))
     lowest = int(ground[:, 2].min())
     if int(ground[:, 2].max()) - lowest >= 2**Z_BITS:
-        raise InputError(f"the ground points lie {lowest / MM:.0f} to {ground[:, 2].max() / MM:.0f} m high: some are no ground")
+        raise InputError(
+            f"the ground points lie {lowest / MM:.0f} to {ground[:, 2].max() / MM:.0f} m high: some are no ground"
+        )
     side = SIDE + 2 * BUFFER
     east, south, up = ground.astype(np.int64).T
     # Cell, height and place within the cell in one number each, for sorting by one after the other.

@@ -210,7 +210,9 @@ def find_terrain(terrain: str, folder: Path, crs: CRS) -> list[tuple[str, Bounds
     return [(str(path), transform_bounds(system, crs, *there)) for path, (system, there) in zip(paths, headers, strict=True)]
 
 
-def lidar_tasks(squares: Sequence[Square], lidar: Lidar, terrain: Sequence[tuple[str, Bounds]], spec: HeightSpec) -> list[Task]:
+def lidar_tasks(
+    squares: Sequence[Square], lidar: Lidar, terrain: Sequence[tuple[str, Bounds]], spec: HeightSpec
+) -> list[Task]:
     """A task for each square."""
     tasks = []
     for square in squares:
@@ -222,7 +224,9 @@ def lidar_tasks(squares: Sequence[Square], lidar: Lidar, terrain: Sequence[tuple
         given = HeightTask(square, points, rasters, below, lidar.days[numbers[0]])
         sources = state_of([*(file.path for file in points), *rasters, *below])
         # Where heights are written to does not change them.
-        tasks.append(Task(f"{square.tile}_{square.name}", [spec[1:], given.square, given.day, bool(terrain), sources], given))
+        tasks.append(
+            Task(f"{square.tile}_{square.name}", [spec[1:], given.square, given.day, bool(terrain), sources], given)
+        )
     return tasks
 
 
@@ -253,13 +257,14 @@ def _make_heights(spec: HeightSpec, task: HeightTask) -> dict[str, Any]:
     name = f"pH{spec.percentile:g}_{square.name}_{task.day}.tif"
     path = Path("lidar") / square.tile / f"res_{spec.lidar_resolution:g}" / name
     write_tif(Path(spec.out) / path, heights[None], square.grid(crs, spec.lidar_resolution), NO_RETURN)
-    record |= {"no_return": share(heights < 0), "mean_dm": round(float(heights[heights > 0].mean()), 1) if (heights > 0).any() else 0}
+    record |= {
+        "no_return": share(heights < 0),
+        "mean_dm": round(float(heights[heights > 0].mean()), 1) if (heights > 0).any() else 0,
+    }
     return {**record, "lidar_name": name, "files": [str(path)]}
 
 
-def _from_points(
-    spec: HeightSpec, task: HeightTask, crs: CRS
-) -> tuple[NDArray[np.int16] | None, float, dict[str, int]]:
+def _from_points(spec: HeightSpec, task: HeightTask, crs: CRS) -> tuple[NDArray[np.int16] | None, float, dict[str, int]]:
     buffered = _buffered(task.square)
     seen = np.zeros(256, np.int64)
 
@@ -298,9 +303,10 @@ def _refuse_other_reference(terrain: NDArray[np.float64], ground: NDArray[np.flo
     apart = ground[inside, 2] - terrain[rows, columns]
     apart = apart[np.isfinite(apart)]
     if len(apart) and abs(np.median(apart)) > MAX_TERRAIN_DIFFERENCE:
+        side = "below" if np.median(apart) > 0 else "above"
         raise InputError(
-            f"terrain: {task.terrain[0]} lies {abs(np.median(apart)):.1f} m {'below' if np.median(apart) > 0 else 'above'} the "
-            f"ground points of {task.points[0].path}; both need the same vertical reference, in metres"
+            f"terrain: {task.terrain[0]} lies {abs(np.median(apart)):.1f} m {side} the ground points of "
+            f"{task.points[0].path}; both need the same vertical reference, in metres"
         )
 
 
@@ -354,6 +360,6 @@ def _report_points(made: Sequence[dict[str, Any]], spec: HeightSpec, say: Callab
     if total["vegetation"] == 0:
         classes = " ".join(map(str, spec.vegetation_classes))
         say(
-            f"No return is of the vegetation classes {classes}, {total['unclassified']} are unclassified (1): if the cloud was "
-            f"classified into ground and the rest alone, vegetation_classes=1 takes those"
+            f"No return is of the vegetation classes {classes}, {total['unclassified']} are unclassified (1): if the cloud "
+            f"was classified into ground and the rest alone, vegetation_classes=1 takes those"
         )

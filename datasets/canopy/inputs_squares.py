@@ -1,8 +1,8 @@
 """The 1 km squares that training data are made of: which lie in an area, what they are called, what is done and left to do.
 
-A step of `canopy-inputs` is a list of tasks, one for each square or image. The record of a finished task is a small JSON file
-under `.inputs/<step>/` in the output folder, written after the task's files. A task whose record has the same identity, a
-digest of all that its result depends on, and whose files are there is not done again.
+A step of `canopy-inputs` is a list of tasks, one for each square or image. The record of a finished task is a small JSON
+file under `.inputs/<step>/` in the output folder, written after the task's files. A task whose record has the same identity,
+a digest of all that its result depends on, and whose files are there is not done again.
 """
 
 import hashlib

@@ -20,9 +20,7 @@ HALF_STEP = 2.5  # the only ratio of resolutions that is not a whole number: 1 m
 EIGHT_NEIGHBOURS = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], dtype=bool)
 
 
-def vegetation_mask(
-    height: NDArray[Any], crop: NDArray[Any] | None = None, resolution: float = 1.0
-) -> NDArray[np.uint8]:
+def vegetation_mask(height: NDArray[Any], crop: NDArray[Any] | None = None, resolution: float = 1.0) -> NDArray[np.uint8]:
     """Mask everything but tall vegetation in a 1 km LiDAR square.
 
     The published rules are for 1 m. Coarser pixels keep their areas and lengths, as far as they can: a component of 25 m2,

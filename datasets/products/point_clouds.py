@@ -101,7 +101,10 @@ def read_header(path: Path, crs: pyproj.CRS | None = None) -> PointFile:
         InputError: the file cannot be read, has no points, or its coordinates or heights are not in metres; it states no
             coordinate system and none is given, or another one than is given.
     """
-    with _explained(path), laspy.open(path, decompression_selection=_layers() | laspy.DecompressionSelection.GPS_TIME) as file:
+    with (
+        _explained(path),
+        laspy.open(path, decompression_selection=_layers() | laspy.DecompressionSelection.GPS_TIME) as file,
+    ):
         header = file.header
         if header.point_count == 0:
             raise InputError(f"{path} has no points")
@@ -130,9 +133,12 @@ def require_metres(crs: pyproj.CRS, path: Path) -> pyproj.CRS:
     horizontal, *vertical = crs.sub_crs_list if crs.is_compound else [crs]
     if not horizontal.is_projected:
         raise InputError(
-            f"{path} is in {_name(crs)}, whose coordinates are degrees or no map's: bring it to a projected one in metres first"
+            f"{path} is in {_name(crs)}, not in metres on a map: bring it to a projected coordinate system first"
         )
-    for axes, what in ((horizontal.axis_info, "coordinates"), ([axis for one in vertical for axis in one.axis_info], "heights")):
+    for axes, what in (
+        (horizontal.axis_info, "coordinates"),
+        ([axis for one in vertical for axis in one.axis_info], "heights"),
+    ):
         other = next((axis.unit_name for axis in axes if axis.unit_conversion_factor != 1.0), None)
         if other:
             raise InputError(f"{path} has {what} in {other} ({_name(crs)}): convert it to metres first")
@@ -143,7 +149,9 @@ def _stated_crs(path: Path, header: laspy.LasHeader) -> pyproj.CRS | None:
     try:
         crs = header.parse_crs()
     except CRSError as error:
-        raise InputError(f"{path} states a coordinate system that is not understood: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{path} states a coordinate system that is not understood: {str(error).splitlines()[0]}"
+        ) from error
     for record in header.vlrs.get("GeoKeyDirectoryVlr"):
         keys = {key.id: key.value_offset for key in record.geo_keys}
         unit = keys.get(VERTICAL_UNITS_KEY, METRE)
@@ -205,7 +213,9 @@ def read_points(file: PointFile, bounds: Bounds) -> Iterator[Points]:
                 count += len(chunk)
                 yield _within(chunk, bounds, bounds)
             if count != file.points:
-                raise InputError(f"{file.path} has {count} of the {file.points} points that its header states; it is truncated")
+                raise InputError(
+                    f"{file.path} has {count} of the {file.points} points that its header states; it is truncated"
+                )
 
 
 def _read_copc(file: PointFile, bounds: Bounds) -> Iterator[Points]:
