@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,16 +39,19 @@ from datasets.canopy.inputs_images import (
     write_patch_tables,
 )
 from datasets.canopy.inputs_lidar import (
+    EDGES,
     HeightSpec,
     Lidar,
+    build_edges,
     build_heights,
+    edge_tasks,
     find_lidar,
     find_terrain,
     lidar_tasks,
     report_heights,
 )
 from datasets.canopy.inputs_mask import MaskSpec, build_masks, mask_tasks, write_mask_tables
-from datasets.canopy.inputs_squares import Square, Task, area_of, do_tasks, finished, squares_of
+from datasets.canopy.inputs_squares import RECORDS, Square, Task, area_of, do_tasks, finished, squares_of, undone
 from datasets.canopy.inputs_statistics import check, write_statistics
 from datasets.canopy.map_reference import RESAMPLINGS, UNITS
 from datasets.products import RESAMPLINGS as IMAGE_RESAMPLINGS
@@ -128,7 +132,7 @@ def main() -> None:
     out = Path("tiles").resolve() if flags["out"] == "auto" else (called_from() / flags["out"]).resolve()
     make_folder(out)
     places = find_places(flags, out)
-    add_to_label("", "", parser.changed(flags, ("area", "lidar_resolution", "percentile", "steps")))
+    add_to_label("canopy-inputs ", flags["steps"], parser.changed(flags, ("area", "year", "lidar_resolution", "percentile")))
     crs, lidar, squares, products = find_inputs(flags, places, steps)
     if places["simulated"]:
         say(f"The inputs are simulated: {', '.join(sorted({places['lidar'], places['products']} - {'none'}))}")
@@ -156,8 +160,8 @@ def make_folder(out: Path) -> None:
         InputError: it cannot.
     """
     try:
-        (out / ".inputs").mkdir(parents=True, exist_ok=True)
-        probe = out / ".inputs" / ".probe"
+        (out / RECORDS).mkdir(parents=True, exist_ok=True)
+        probe = out / RECORDS / ".probe"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -259,7 +263,10 @@ class Run:
         names = HeightSpec._fields[2:]
         spec = HeightSpec(str(self.out), self.crs.to_wkt(), *(self.flags[name] for name in names))
         terrain = find_terrain(self.flags["terrain"], called_from(), self.crs)
-        records = self.do("lidar", lidar_tasks(squares, lidar, terrain, spec), build_heights, spec)
+        tasks = lidar_tasks(squares, lidar, terrain, spec)
+        self.do(EDGES, edge_tasks(undone(self.out, "lidar", tasks)), build_edges, str(self.out))
+        records = self.do("lidar", tasks, build_heights, spec)
+        shutil.rmtree(self.out / RECORDS / EDGES, ignore_errors=True)
         report_heights(list(records.values()), spec, say)
 
     def heights(self, squares: Sequence[Square]) -> dict[Square, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """From the points of a 1 km square to a raster of canopy heights: ground, height above it, a percentile for each cell.
 
 1. Ground. Of each square metre that has ground points, the one of median height is kept. They are triangulated (Delaunay) in
-   fixed blocks with a buffer, and the surface is computed at nodes 0.5 m apart; nodes outside of the triangles take the
+   fixed blocks with a buffer, and the surface is computed at nodes 1 m apart; nodes outside of the triangles take the
    height of the nearest node within, if it is near. A terrain model can take the place of this.
 2. Height above ground of vegetation returns, bilinear between the nodes. Below the ground counts as 0.
 3. Outliers. Returns above `max_height` and returns with hardly another one within the 27 voxels of 5 m around them are left
@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.interpolate import LinearNDInterpolator
-from scipy.spatial import ConvexHull, Delaunay, QhullError
+from scipy.spatial import Delaunay, QhullError
 
 from datasets.products.point_clouds import GROUND, NOISE, Points
 from utils.errors import InputError
@@ -28,9 +27,11 @@ from utils.errors import InputError
 SIDE = 1000  # m, of a square
 BUFFER = 50  # m around a square and its blocks, from which ground points are taken too
 BLOCK = 500  # m, side of the blocks that are triangulated at once
-NODE = 0.5  # m between the nodes of the terrain
+NODE = 1.0  # m between the nodes of the terrain
 NODES = round(SIDE / NODE) + 1
 NO_RETURN = -1
+BATCH = 4_000_000  # nodes that triangles are tried on at once
+EDGE = 1e-9  # by which a node may lie outside of a triangle and still be filled
 NEAR = 50.0  # m, to the nearest node within the triangles of one outside
 VOXEL = 5  # m
 FEWEST_NEIGHBOURS = 2  # a return with fewer within its 27 voxels is an outlier
@@ -143,34 +144,55 @@ def triangulated(ground: Floats) -> Floats:
 
 
 def _block_terrain(ground: Floats, nodes: int) -> Floats:
-    """The triangulated surface at the nodes of a block, nan outside of the triangles."""
+    """The triangulated surface at the nodes of a block, nan outside of the triangles.
+
+    SciPy's own interpolation walks from triangle to triangle; among points on a fine grid, as coordinates in centimetres
+    are, it gets lost and then looks through all of them. Here each triangle fills the nodes that it holds.
+    """
     terrain = np.full((nodes, nodes), np.nan)
     try:
-        places = ground[:, :2] - BLOCK / 2
-        triangles, hull = Delaunay(places), ConvexHull(places)
+        triangles = Delaunay(ground[:, :2] - BLOCK / 2).simplices
     except (QhullError, ValueError):  # fewer than three points, or all in a line
         return terrain
-    steps = np.arange(nodes) * NODE - BLOCK / 2
-    inside = _within_hull(hull.equations, steps)  # SciPy would look through all triangles for each node outside of them
-    row, column = np.nonzero(inside)
-    terrain[inside] = LinearNDInterpolator(triangles, ground[:, 2])(steps[column], steps[row])
+    corners, heights = ground[triangles][:, :, :2] / NODE, ground[triangles][:, :, 2]
+    first = np.maximum(np.ceil(corners.min(axis=1)), 0).astype(np.int64)
+    last = np.minimum(np.floor(corners.max(axis=1)), nodes - 1).astype(np.int64)
+    size = np.maximum(last - first + 1, 0)
+    total = np.cumsum(size.prod(axis=1))
+    cuts = np.searchsorted(total, np.arange(BATCH, total[-1], BATCH))
+    for batch in np.split(np.arange(len(total)), np.unique(cuts)):
+        _fill(terrain, corners[batch], heights[batch], first[batch], size[batch])
     return terrain
 
 
-def _within_hull(facets: Floats, steps: Floats) -> NDArray[np.bool_]:
-    """Which nodes lie in a convex polygon, row by row between its two sides: (row, column).
+def _fill(terrain: Floats, corners: Floats, heights: Floats, first: NDArray[np.int64], size: NDArray[np.int64]) -> None:
+    """Fill the nodes within triangles, in place.
 
     Args:
-        facets: (facet, 3) a, b, c of a * column + b * row + c <= 0.
-        steps: (node,) coordinates of columns and of rows.
+        terrain: (row, column).
+        corners: (triangle, 3, 2), column and row.
+        heights: (triangle, 3) m.
+        first: (triangle, 2), first column and row of the rectangle around each.
+        size: (triangle, 2), columns and rows of it.
     """
-    across, along, offset = (part[:, None] for part in facets.T)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        crossing = -(along * steps + offset) / across  # (facet, row)
-    last = np.where(across > 0, crossing, np.inf).min(axis=0)
-    first = np.where(across < 0, crossing, -np.inf).max(axis=0)
-    beyond = ((across == 0) & (along * steps + offset > 0)).any(axis=0)
-    return (steps >= first[:, None]) & (steps <= last[:, None]) & ~beyond[:, None]
+    count = size.prod(axis=1)
+    triangle = np.repeat(np.arange(len(count)), count)
+    rank = np.arange(len(triangle)) - np.repeat(np.cumsum(count) - count, count)
+    row, column = np.divmod(rank, size[triangle, 0])
+    row, column = row + first[triangle, 1], column + first[triangle, 0]
+    one, two = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    area = one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0]
+    with np.errstate(divide="ignore"):
+        one, two = (np.where(area[:, None] == 0, np.nan, side / area[:, None]) for side in (one, two))
+    east, south = column - corners[triangle, 0, 0], row - corners[triangle, 0, 1]
+    # The weights of the second and the third corner.
+    second = east * two[triangle, 1] - south * two[triangle, 0]
+    third = south * one[triangle, 0] - east * one[triangle, 1]
+    inside = (second >= -EDGE) & (third >= -EDGE) & (second + third <= 1 + EDGE)
+    triangle, second, third = triangle[inside], second[inside], third[inside]
+    base = heights[triangle, 0]
+    values = base + second * (heights[triangle, 1] - base) + third * (heights[triangle, 2] - base)
+    terrain[row[inside], column[inside]] = values
 
 
 def above_ground(points: NDArray[np.int32], terrain: Floats) -> NDArray[np.int64]:

@@ -1,5 +1,8 @@
 """The step `lidar`: height rasters of 1 km squares from point clouds, or from ready-made rasters of heights."""
 
+import hashlib
+import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -21,6 +24,7 @@ from datasets.canopy.image_series import DATE
 from datasets.canopy.inputs_heights import (
     BUFFER,
     COVERAGE_BLOCK,
+    MM,
     NO_RETURN,
     NODE,
     NODES,
@@ -30,10 +34,11 @@ from datasets.canopy.inputs_heights import (
     thinned,
     triangulated,
 )
-from datasets.canopy.inputs_squares import Square, Task, share, state_of, write_tif
+from datasets.canopy.inputs_squares import RECORDS, Square, Task, share, state_of, write_tif
 from datasets.canopy.map_reference import MapReference
 from datasets.canopy.tiles import DECIMETRES
 from datasets.products.point_clouds import (
+    GROUND,
     SUFFIXES,
     UNCLASSIFIED,
     Bounds,
@@ -45,8 +50,10 @@ from datasets.products.point_clouds import (
 )
 from utils.errors import InputError
 from utils.rasters import Grid
+from utils.runs import whole_file
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".asc")
+EDGES = "edges"
 NO_GROUND = "no ground points"
 MAX_TERRAIN_DIFFERENCE = 5.0  # m, median: more than that is another vertical reference
 
@@ -90,10 +97,20 @@ class HeightSpec(NamedTuple):
 
 
 class HeightTask(NamedTuple):
-    """A square, its LiDAR files (of points or of heights), its terrain rasters, the date of the flight."""
+    """What the heights of a square are made from.
+
+    Attributes:
+        square: the square.
+        points: files of points to be read.
+        edges: files of which only ground points beyond the square are needed, which the task of `edge_tasks` has put aside.
+        rasters: files of heights.
+        terrain: rasters of the terrain.
+        day: of the flight.
+    """
 
     square: Square
     points: tuple[PointFile, ...]
+    edges: tuple[PointFile, ...]
     rasters: tuple[str, ...]
     terrain: tuple[str, ...]
     day: str
@@ -218,11 +235,13 @@ def lidar_tasks(
     for square in squares:
         buffered = _buffered(square)
         numbers = lidar.touching(buffered)
-        points = tuple(lidar.points[number] for number in numbers) if lidar.points else ()
+        files = [lidar.points[number] for number in numbers] if lidar.points else []
+        points = tuple(file for file in files if file.copc or _holds_part(file.bounds, square.bounds))
+        edges = tuple(file for file in files if file not in points)
         rasters = tuple(lidar.rasters[number] for number in numbers) if lidar.rasters else ()
         below = tuple(path for path, bounds in terrain if _common(buffered, bounds) is not None)
-        given = HeightTask(square, points, rasters, below, lidar.days[numbers[0]])
-        sources = state_of([*(file.path for file in points), *rasters, *below])
+        given = HeightTask(square, points, edges, rasters, below, lidar.days[numbers[0]])
+        sources = state_of([*(file.path for file in files), *rasters, *below])
         # Where heights are written to does not change them.
         tasks.append(
             Task(f"{square.tile}_{square.name}", [spec[1:], given.square, given.day, bool(terrain), sources], given)
@@ -239,6 +258,62 @@ def _common(one: Bounds, other: Bounds) -> float | None:
     """The common area (m2) of bounds, or None if they do not touch."""
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     return width * height if width >= 0 and height >= 0 else None
+
+
+def _holds_part(bounds: Bounds, square: Bounds) -> bool:
+    """Whether points within bounds may lie in a square, whose left and upper edges belong to it."""
+    return bounds[0] < square[2] and bounds[2] >= square[0] and bounds[1] <= square[3] and bounds[3] > square[1]
+
+
+def edge_tasks(tasks: Sequence[Task]) -> list[Task]:
+    """A task for each file of which some square needs the ground around it alone.
+
+    A file of points that cannot be asked for a place is decompressed as a whole. So that this does not happen for each of a
+    square's eight neighbours, ground points near the squares' edges are put aside first.
+    """
+    files = {file.path: file for task in tasks for file in task.given.edges}
+    return [Task(_edge_name(file), [file.path, *state_of([file.path])], file) for file in files.values()]
+
+
+def _edge_name(file: PointFile) -> str:
+    return f"{Path(file.path).stem}_{hashlib.sha256(file.path.encode()).hexdigest()[:8]}"
+
+
+def _edge_path(out: str, file: PointFile) -> Path:
+    return Path(out) / RECORDS / EDGES / f"{_edge_name(file)}.npz"
+
+
+def build_edges(out: str) -> Callable[[PointFile], dict[str, Any]]:
+    """What a worker makes of a file: its ground points near the edges of squares."""
+    return lambda file: _put_edges_aside(out, file)
+
+
+def _put_edges_aside(out: str, file: PointFile) -> dict[str, Any]:
+    left, bottom, right, top = (math.floor(part) for part in file.bounds)
+    corner = (left, top + 1)
+    parts = [np.empty((0, 3), np.int32)]
+    for points in read_points(file, (left, bottom, right + 1, top + 1)):
+        to_edges = [
+            np.abs((along + SIDE * MM // 2) % (SIDE * MM) - SIDE * MM // 2)
+            for along in (points.east + left * MM, (top + 1) * MM - points.south.astype(np.int64))
+        ]
+        near = (points.classes == GROUND) & (np.minimum(*to_edges) <= BUFFER * MM)
+        parts.append(np.stack([points.east[near], points.south[near], points.up[near]], axis=1))
+    path = _edge_path(out, file)
+    with whole_file(path) as beside:
+        np.savez_compressed(beside, corner=corner, ground=np.concatenate(parts))
+    return {"files": [str(path.relative_to(out))]}
+
+
+def _read_edges(out: str, file: PointFile, bounds: Bounds) -> Points:
+    """The ground points of a file within bounds, as `read_points` gives them."""
+    with np.load(_edge_path(out, file)) as arrays:
+        (left, top), ground = arrays["corner"].tolist(), arrays["ground"].astype(np.int64)
+    east = ground[:, 0] + round(MM * (left - bounds[0]))
+    south = ground[:, 1] + round(MM * (bounds[3] - top))
+    inside = (east >= 0) & (east < MM * (bounds[2] - bounds[0])) & (south >= 0) & (south < MM * (bounds[3] - bounds[1]))
+    columns = (east[inside].astype(np.int32), south[inside].astype(np.int32), ground[inside, 2].astype(np.int32))
+    return Points(*columns, np.full(len(columns[0]), GROUND, np.uint8))
 
 
 def build_heights(spec: HeightSpec) -> Callable[[HeightTask], dict[str, Any]]:
@@ -272,7 +347,9 @@ def _from_points(spec: HeightSpec, task: HeightTask, crs: CRS) -> tuple[NDArray[
         seen[:] += np.bincount(points.classes, minlength=256)
         return points
 
-    parts = (counted(points) for file in task.points for points in read_points(file, buffered))
+    own = (points for file in task.points for points in read_points(file, buffered))
+    around = (_read_edges(spec.out, file, buffered) for file in task.edges)
+    parts = (counted(points) for points in itertools.chain(own, around))
     cloud = sort_points(parts, spec.lidar_resolution, spec.vegetation_classes)
     counts = {"points": cloud.points, "ground": len(cloud.ground), "unclassified": int(seen[UNCLASSIFIED])}
     ground = thinned(cloud.ground)

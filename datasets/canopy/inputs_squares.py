@@ -174,7 +174,7 @@ def do_tasks(
         InputError: a task says so, or a file cannot be written.
     """
     records = finished(out, step, (task.name for task in tasks))
-    left = [task for task in tasks if not _is_done(records.get(task.name), task, out)]
+    left = undone(out, step, tasks)
     if len(left) < len(tasks):
         say(f"Step {step}: {len(tasks) - len(left)} of {len(tasks)} are done already")
     if left:
@@ -189,6 +189,12 @@ def do_tasks(
                 write_json(out / RECORDS / step / f"{task.name}.json", records[task.name])
                 bar.update()
     return {task.name: records[task.name] for task in tasks}
+
+
+def undone(out: Path, step: str, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks of a step that are still to be done."""
+    records = finished(out, step, (task.name for task in tasks))
+    return [task for task in tasks if not _is_done(records.get(task.name), task, out)]
 
 
 def _is_done(record: dict[str, Any] | None, task: Task, out: Path) -> bool:

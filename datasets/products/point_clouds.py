@@ -149,9 +149,7 @@ def _stated_crs(path: Path, header: laspy.LasHeader) -> pyproj.CRS | None:
     try:
         crs = header.parse_crs()
     except CRSError as error:
-        raise InputError(
-            f"{path} states a coordinate system that is not understood: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"{path} states a coordinate system that is not understood; it may be truncated") from error
     for record in header.vlrs.get("GeoKeyDirectoryVlr"):
         keys = {key.id: key.value_offset for key in record.geo_keys}
         unit = keys.get(VERTICAL_UNITS_KEY, METRE)
