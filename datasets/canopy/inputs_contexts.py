@@ -37,8 +37,9 @@ def draw_contexts(
 
     Args:
         squares: all of one coordinate system.
-        block: side of the blocks (km); None: the largest of 10, 5, 4, 3, 2 and 1 km that leaves each context at least two
-            thirds of the squares that it is to have.
+        block: side of the blocks (km); None: the largest of 10, 5, 4, 3, 2 and 1 km that leaves validation and test between
+            two thirds and one and a half times the squares that they are to have; else the smallest that leaves each context
+            a square.
         buffer: least distance (m) between squares of different contexts.
         shares: % of the squares for validation and test, before the buffer is left out.
         seed: of the draw.
@@ -53,10 +54,11 @@ def draw_contexts(
     for side in [block] if block else BLOCKS:
         found = _without_buffer(_by_blocks(squares, side, shares, seed), buffer)
         counts = Counter(found.values())
-        enough = all(3 * counts[name] >= 2 * _wanted(len(squares), share) for name, share in shares.items())
+        parts = [counts[name] / _wanted(len(squares), share) for name, share in shares.items()]
+        enough = all(2 / 3 <= part <= 3 / 2 for part in parts)
         if all(counts[context] for context in CONTEXTS):
             best, size = found, side
-            if enough and counts["training"] >= counts["test"]:
+            if enough:
                 break
     if not best:
         raise InputError(
