@@ -221,8 +221,9 @@ def isolated(points: NDArray[np.int32], height: NDArray[np.int64], returned: NDA
     shape = (side, side, int(level.max(initial=0)) + 1)
     place = (points[:, 1] // voxel * side + points[:, 0] // voxel).astype(np.int64) * shape[2] + level
     counts = np.bincount(place, minlength=side * side * shape[2]).reshape(shape)
-    around = returned.reshape(side, -1, side, returned.shape[1] // side).sum((1, 3)) if returned.shape[0] >= side else None
-    if around is None:
+    if len(returned) >= side:
+        around = returned.reshape(side, len(returned) // side, side, -1).sum((1, 3))
+    else:
         around = returned.repeat(side // len(returned), 0).repeat(side // len(returned), 1)
     counts[:, :, 0] = np.maximum(counts[:, :, 0], around)
     total = counts

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyproj
 import rasterio
+import shapely
 from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio.crs import CRS
@@ -74,12 +75,6 @@ class Lidar(NamedTuple):
     rasters: tuple[str, ...]
     bounds: tuple[Bounds, ...]
     days: tuple[str, ...]
-
-    def touching(self, bounds: Bounds) -> list[int]:
-        """The numbers of the files that touch bounds, that with the largest common area first."""
-        common = [_common(bounds, one) for one in self.bounds]
-        found = [number for number, area in enumerate(common) if area is not None]
-        return sorted(found, key=lambda number: (-(common[number] or 0), number))
 
 
 class HeightSpec(NamedTuple):
@@ -232,14 +227,19 @@ def lidar_tasks(
 ) -> list[Task]:
     """A task for each square."""
     tasks = []
+    boxes = shapely.box(*np.array(lidar.bounds).T)
+    files_at, terrain_at = shapely.STRtree(boxes), shapely.STRtree([shapely.box(*bounds) for _, bounds in terrain])
     for square in squares:
-        buffered = _buffered(square)
-        numbers = lidar.touching(buffered)
+        buffered = shapely.box(*_buffered(square))
+        numbers = np.sort(files_at.query(buffered))
+        # First the file with most of the square, whose date counts.
+        common = shapely.area(shapely.intersection(boxes[numbers], shapely.box(*square.bounds)))
+        numbers = numbers[np.argsort(-common, kind="stable")].tolist()
         files = [lidar.points[number] for number in numbers] if lidar.points else []
         points = tuple(file for file in files if file.copc or _holds_part(file.bounds, square.bounds))
         edges = tuple(file for file in files if file not in points)
         rasters = tuple(lidar.rasters[number] for number in numbers) if lidar.rasters else ()
-        below = tuple(path for path, bounds in terrain if _common(buffered, bounds) is not None)
+        below = tuple(terrain[number][0] for number in np.sort(terrain_at.query(buffered)))
         given = HeightTask(square, points, edges, rasters, below, lidar.days[numbers[0]])
         sources = state_of([*(file.path for file in files), *rasters, *below])
         # Where heights are written to does not change them.
@@ -252,12 +252,6 @@ def lidar_tasks(
 def _buffered(square: Square) -> Bounds:
     left, bottom, right, top = square.bounds
     return (left - BUFFER, bottom - BUFFER, right + BUFFER, top + BUFFER)
-
-
-def _common(one: Bounds, other: Bounds) -> float | None:
-    """The common area (m2) of bounds, or None if they do not touch."""
-    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
-    return width * height if width >= 0 and height >= 0 else None
 
 
 def _holds_part(bounds: Bounds, square: Bounds) -> bool:

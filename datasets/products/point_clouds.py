@@ -32,6 +32,7 @@ VEGETATION = (3, 4, 5)
 NOISE = (7, 18)
 
 CHUNK = 2_000_000  # points read at once
+SAMPLE = 10_000  # first points of a file, by whose times it is dated
 COPC_PART = 550.0  # m, side of the parts in which a COPC file is asked for its points
 MILLIMETRES = 1000.0  # in a metre
 TOLERANCE = 0.01  # m, by which a COPC file is asked for more than is kept
@@ -178,7 +179,7 @@ def _day_of_flight(file: laspy.LasReader, header: laspy.LasHeader) -> date | Non
     """
     if "gps_time" not in header.point_format.dimension_names:
         return None
-    times = np.asarray(next(file.chunk_iterator(min(CHUNK // 10, header.point_count))).gps_time)
+    times = np.asarray(next(file.chunk_iterator(min(SAMPLE, header.point_count))).gps_time)
     median = float(np.median(times))
     if not np.isfinite(median) or 0 <= median <= WEEK or abs(median) > GPS_OFFSET:
         return None
