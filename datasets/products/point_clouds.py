@@ -110,11 +110,12 @@ def read_header(path: Path, crs: pyproj.CRS | None = None) -> PointFile:
         if header.point_count == 0:
             raise InputError(f"{path} has no points")
         stated = _stated_crs(path, header)
-        if stated is None and crs is None:
+        system = stated or crs
+        if system is None:
             raise InputError(f"{path} states no coordinate system; crs=EPSG:2154, say, tells it")
         if stated is not None and crs is not None and not _same(stated, crs):
             raise InputError(f"{path} is in {_name(stated)}, but crs={_name(crs)} was given")
-        known = require_metres(stated or crs, path)
+        known = require_metres(system, path)
         flight = _day_of_flight(file, header)
         day = flight or header.creation_date
         if day is None:
