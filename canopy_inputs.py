@@ -32,6 +32,7 @@ from datasets.canopy.inputs_images import (
     angle_tasks,
     build_angles,
     build_images,
+    degrees_around,
     image_tasks,
     report_images,
     tiles_of,
@@ -221,7 +222,7 @@ def find_inputs(
             raise InputError(f"steps={flags['steps']} needs products=...")
         return lidar.crs, lidar, [Square(flags["tile"], *square) for square in squares], []
     years = {flags["year"]} if flags["year"] else {int(day[:4]) + step for day in lidar.days for step in (-1, 0, 1)}
-    products = find_products(places["products"], called_from(), years, say)
+    products = find_products(places["products"], called_from(), years, say, bounds=degrees_around(squares, lidar.crs))
     if flags["tile"] != "auto":
         products = [product for product in products if product.tile == flags["tile"]]
         if not products:

@@ -15,11 +15,11 @@ from rasterio.transform import array_bounds
 from rasterio.warp import reproject, transform_bounds
 from rasterio.windows import Window
 
-from datasets.canopy.catalogue import ANGLES, BANDS, MAX_DAYS_FROM_LIDAR, NODATA
-from datasets.canopy.image_series import CLOUD_BITS, MASK_NODATA, MASK_SUFFIX, WATER_BIT
+from datasets.canopy.catalogue import ANGLES, BANDS, BORDER, MAX_DAYS_FROM_LIDAR, NODATA, PIXEL
 from datasets.canopy.inputs_contexts import LEFT_OUT
-from datasets.canopy.inputs_squares import Square, Task, share, state_of, write_tif
+from datasets.canopy.inputs_squares import KM, Square, Task, share, state_of, write_tif
 from datasets.products import CLOUD, MISSING, WATER, Product
+from datasets.products.geotiffs import CLOUD_BITS, MASK_NODATA, MASK_SUFFIX, WATER_BIT
 from utils.errors import InputError
 from utils.rasters import Grid
 from utils.runs import whole_file
@@ -45,6 +45,15 @@ class ImageTask(NamedTuple):
 
     products: tuple[Product, ...]
     squares: tuple[Square, ...]
+
+
+def degrees_around(places: Sequence[tuple[int, int]], crs: CRS) -> tuple[float, float, float, float]:
+    """West, south, east and north of the patches of squares, given by east and north (km) in a coordinate system."""
+    (first, bottom), (last, top) = np.min(places, axis=0), np.max(places, axis=0)
+    border = BORDER * PIXEL
+    edges = (KM * first - border, KM * (bottom - 1) - border, KM * (last + 1) + border, KM * top + border)
+    west, south, east, north = transform_bounds(crs, "EPSG:4326", *edges, densify_pts=21)
+    return west, south, east, north
 
 
 def tiles_of(places: Sequence[tuple[int, int]], products: Sequence[Product], crs: CRS) -> list[Square]:

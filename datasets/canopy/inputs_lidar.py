@@ -21,7 +21,6 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from datasets.canopy.image_series import DATE
 from datasets.canopy.inputs_heights import (
     BUFFER,
     COVERAGE_BLOCK,
@@ -38,6 +37,7 @@ from datasets.canopy.inputs_heights import (
 from datasets.canopy.inputs_squares import RECORDS, Square, Task, share, state_of, write_tif
 from datasets.canopy.map_reference import MapReference
 from datasets.canopy.tiles import DECIMETRES
+from datasets.products.geotiffs import DATE
 from datasets.products.point_clouds import (
     GROUND,
     SUFFIXES,
