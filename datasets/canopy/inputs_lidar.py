@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from datasets.canopy.inputs_heights import (
 from datasets.canopy.inputs_squares import RECORDS, Square, Task, share, state_of, write_tif
 from datasets.canopy.map_reference import MapReference
 from datasets.canopy.tiles import DECIMETRES
-from datasets.products.geotiffs import DATE
+from datasets.products.geotiffs import date_of
 from datasets.products.point_clouds import (
     GROUND,
     SUFFIXES,
@@ -131,7 +130,8 @@ def find_lidar(lidar: str, folder: Path, crs: CRS | None, day: str | None, say: 
     if kinds == {False}:
         return _find_rasters(paths, crs, day)
     given = pyproj.CRS.from_wkt(crs.to_wkt()) if crs else None
-    files = [read_header(path, given) for path in tqdm(paths, "Reading headers...", unit="file", leave=False)]
+    with tqdm(paths, "Reading headers...", unit="file", leave=False) as bar:
+        files = [read_header(path, given) for path in bar]
     systems = {file.crs: file.path for file in files}
     if len(systems) > 1:
         (one, first), (other, second) = [(pyproj.CRS.from_wkt(wkt).name, path) for wkt, path in systems.items()][:2]
@@ -201,12 +201,10 @@ def _raster_header(path: Path, flag: str) -> tuple[CRS, Bounds]:
 
 
 def _day_of_raster(path: Path) -> str:
-    for parts in DATE.findall(path.stem):
-        try:
-            return date(*map(int, parts)).isoformat()
-        except ValueError:
-            continue
-    raise InputError(f"{path} has no date in its name (YYYYMMDD or YYYY-MM-DD); lidar_date=2024-01-27, say, tells it")
+    try:
+        return date_of(path).isoformat()
+    except InputError as error:
+        raise InputError(f"{error}; lidar_date=2024-01-27, say, tells it") from error
 
 
 def find_terrain(terrain: str, folder: Path, crs: CRS) -> list[tuple[str, Bounds]]:
