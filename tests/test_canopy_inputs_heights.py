@@ -49,7 +49,12 @@ REAL = PROJECT.parent / "shared" / "data" / "lidarhd"
 
 
 def spec_of(out: Path, **changes: Any) -> HeightSpec:
-    flags = {"lidar_resolution": 1.0, "percentile": 95.0, "vegetation_classes": (3, 4, 5), "max_height": 70.0}
+    flags: dict[str, Any] = {
+        "lidar_resolution": 1.0,
+        "percentile": 95.0,
+        "vegetation_classes": (3, 4, 5),
+        "max_height": 70.0,
+    }
     flags |= {"min_coverage": 0.0, "lidar_unit": "auto", "lidar_resampling": "auto"}
     return HeightSpec(str(out), CRS_2154.to_wkt(), **(flags | changes))
 
@@ -69,8 +74,8 @@ def heights_of(lidar: str, out: Path, terrain: str = "none", square: Square = SQ
 def cloud_of(points: Sequence[tuple[float, float, float, int]], resolution: float = 1.0) -> Cloud:
     """A cloud of points: metres from the square's upper-left corner, up, class."""
     east, south, up, classes = np.array(points).T
-    mm = [np.rint(MM * part).astype(np.int32) for part in (east + BUFFER, south + BUFFER, up)]
-    return sort_points([Points(*mm, classes.astype(np.uint8))], resolution, (3, 4, 5))
+    first, second, third = (np.rint(MM * part).astype(np.int32) for part in (east + BUFFER, south + BUFFER, up))
+    return sort_points([Points(first, second, third, classes.astype(np.uint8))], resolution, (3, 4, 5))
 
 
 def test_percentiles_are_those_of_numpy() -> None:
@@ -296,7 +301,7 @@ def test_contexts_keep_their_distance() -> None:
     for one, first in used.items():
         for other, second in used.items():
             if first != second:
-                gap = [max(abs(one[axis] - other[axis]) - 1, 0) for axis in (1, 2)]
+                gap = [max(abs(apart) - 1, 0) for apart in (one.east - other.east, one.north - other.north)]
                 assert np.hypot(*gap) >= 1
     by_block: dict[tuple[int, int], set[str]] = {}
     for square, context in used.items():
