@@ -108,8 +108,8 @@ def test_from_raw_products_to_the_metrics_of_canopy(made: Path, run_canopy: Runn
     assert done.returncode == 0, done.stderr
     assert "Sun and view angles: used; masks of tall vegetation: used" in done.stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["mae"] > 0 and not metrics["simulated"]
-    found, ours = metrics["statistics"], json.loads((made / "statistics.json").read_text())
+    assert metrics["test"]["all"]["mae"] > 0 and not metrics["data"]["simulated"]
+    found, ours = metrics["data"]["statistics"], json.loads((made / "statistics.json").read_text())
     assert [ours["bands"][band]["median"] for band in BANDS] == found["band_median"]
     assert (ours["height"]["median"], ours["height"]["scale"]) == (found["height_median"], found["height_scale"])
 
