@@ -294,7 +294,7 @@ def test_contexts_keep_their_distance() -> None:
     squares = [Square("31TDL", east, north) for east in range(640, 660) for north in range(6500, 6520)]
     shares = {"test": 15.0, "validation": 15.0}
     contexts, block = draw_contexts(squares, None, 1000.0, shares, seed=1)
-    assert block == 5
+    assert block in (4, 5)
     assert contexts == draw_contexts(squares, None, 1000.0, shares, seed=1)[0]
     assert contexts != draw_contexts(squares, None, 1000.0, shares, seed=2)[0]
     used = {square: context for square, context in contexts.items() if context != LEFT_OUT}
@@ -305,10 +305,10 @@ def test_contexts_keep_their_distance() -> None:
                 assert gap[0] ** 2 + gap[1] ** 2 >= 1
     by_block: dict[tuple[int, int], set[str]] = {}
     for square, context in used.items():
-        by_block.setdefault((square.east // 5, (square.north - 1) // 5), set()).add(context)
+        by_block.setdefault((square.east // block, (square.north - 1) // block), set()).add(context)
     assert all(len(found) == 1 for found in by_block.values())
     counts = [list(contexts.values()).count(name) for name in ("training", "validation", "test", LEFT_OUT)]
-    assert sum(counts) == 400 and 60 <= counts[2] <= 90 and counts[0] > 100 and 40 <= counts[1] <= 90 and counts[3] > 0
+    assert sum(counts) == 400 and 60 <= counts[2] <= 90 and counts[0] >= 200 and 40 <= counts[1] <= 90 and counts[3] > 0
 
 
 def test_a_buffer_worked_by_hand() -> None:

@@ -6,6 +6,7 @@ squares of a block belong to one context. Squares nearer than the buffer to one 
 left out: test before validation before training.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ LEAST_BUFFER = 2 * BORDER * PIXEL  # m: images of squares nearer than that have 
 LEFT_OUT = "left out"
 TABLE = "contexts.csv"
 STREAM = 310  # of random numbers
+DRAWS = 20  # of each size of blocks
 
 
 def draw_contexts(
@@ -37,9 +39,9 @@ def draw_contexts(
 
     Args:
         squares: all of one coordinate system.
-        block: side of the blocks (km); None: the largest of 10, 5, 4, 3, 2 and 1 km that leaves validation and test between
-            two thirds and one and a half times the squares that they are to have; else the smallest that leaves each context
-            a square.
+        block: side of the blocks (km); None: the first of 10, 5, 4, 3, 2 and 1 km by which one of 20 draws leaves half of
+            all squares to training, and to validation and test two thirds to one and a half of what they are to have. If there
+            is none, as in small areas, the draw that leaves most to training.
         buffer: least distance (m) between squares of different contexts.
         shares: % of the squares for validation and test, before the buffer is left out.
         seed: of the draw.
@@ -50,16 +52,15 @@ def draw_contexts(
     Raises:
         InputError: a context is left without a square.
     """
-    best: dict[Square, str] = {}
-    for side in [block] if block else BLOCKS:
-        found = _without_buffer(_by_blocks(squares, side, shares, seed), buffer)
+    best, size, most = dict[Square, str](), 0, 0
+    for side, draw in itertools.product([block] if block else BLOCKS, range(DRAWS)):
+        found = _without_buffer(_by_blocks(squares, side, shares, [seed, STREAM, side, draw]), buffer)
         counts = Counter(found.values())
         parts = [counts[name] / _wanted(len(squares), share) for name, share in shares.items()]
-        enough = all(2 / 3 <= part <= 3 / 2 for part in parts)
-        if all(counts[context] for context in CONTEXTS):
-            best, size = found, side
-            if enough:
-                break
+        if all(2 / 3 <= part <= 3 / 2 for part in parts) and 2 * counts["training"] >= len(squares):
+            return found, side
+        if min(counts[context] for context in CONTEXTS) > 0 and counts["training"] > most:
+            best, size, most = found, side, counts["training"]
     if not best:
         raise InputError(
             f"{len(squares)} squares cannot be cut into blocks{f' of {block} km' if block else ''} for training, validation "
@@ -73,13 +74,13 @@ def _wanted(squares: int, share: float) -> int:
     return max(1, round(squares * share / 100))
 
 
-def _by_blocks(squares: Sequence[Square], side: int, shares: Mapping[str, float], seed: int) -> dict[Square, str]:
+def _by_blocks(squares: Sequence[Square], side: int, shares: Mapping[str, float], seed: list[int]) -> dict[Square, str]:
     """Blocks in random order, to test until it has its share of squares, then to validation, the others to training."""
     blocks: dict[tuple[int, int], list[Square]] = {}
     for square in sorted(squares, key=lambda square: (square.east, square.north, square.tile)):
         blocks.setdefault((square.east // side, (square.north - 1) // side), []).append(square)
     order = list(blocks.values())
-    order = [order[place] for place in np.random.default_rng([seed, STREAM, side]).permutation(len(order))]
+    order = [order[place] for place in np.random.default_rng(seed).permutation(len(order))]
     contexts: dict[Square, str] = {}
     counts: Counter[str] = Counter()
     for members in order:
