@@ -40,8 +40,8 @@ def draw_contexts(
     Args:
         squares: all of one coordinate system.
         block: side of the blocks (km); None: the first of 10, 5, 4, 3, 2 and 1 km by which one of 20 draws leaves half of
-            all squares to training, and to validation and test two thirds to one and a half of what they are to have. If there
-            is none, as in small areas, the draw that leaves most to training.
+            all squares to training, and to validation and test two thirds to one and a half of what they are to have. If
+            there is none, as in small areas, the draw that leaves most to training.
         buffer: least distance (m) between squares of different contexts.
         shares: % of the squares for validation and test, before the buffer is left out.
         seed: of the draw.
