@@ -29,25 +29,37 @@ class MapReference:
     """Rasters of heights, seen on the grid of a map; where several overlap, the first that has a height counts.
 
     Args:
-        reference: a folder, or files separated by commas or spaces.
+        reference: a folder, or files separated by commas or spaces; or their paths.
         folder: that relative paths count from.
         grid: of the map.
         unit: of the heights: dm, m, or auto: dm where they are whole numbers, else m.
         resampling: auto takes the highest of the pixels in a pixel of the map, as training does, where the reference is
             finer, and interpolates linearly where it is not.
+        flag: that names the rasters, for messages.
 
     Raises:
         InputError: a file cannot be used, or none touches the map.
     """
 
-    def __init__(self, reference: str, folder: Path, grid: Grid, unit: str, resampling: str) -> None:
-        place = folder / reference
-        names = [place] if place.is_file() else [folder / name for name in reference.replace(",", " ").split()]
-        paths = sorted(place.glob("*.tif")) if place.is_dir() else names
-        self.grid, self.notes = grid, dict[str, None]()
+    def __init__(
+        self,
+        reference: str | Sequence[str],
+        folder: Path,
+        grid: Grid,
+        unit: str,
+        resampling: str,
+        flag: str = "reference",
+    ) -> None:
+        if isinstance(reference, str):
+            place = folder / reference
+            names = [place] if place.is_file() else [folder / name for name in reference.replace(",", " ").split()]
+            paths = sorted(place.glob("*.tif")) if place.is_dir() else names
+        else:
+            paths = [folder / name for name in reference]
+        self.grid, self.flag, self.notes = grid, flag, dict[str, None]()
         self._files = [found for path in paths if (found := self._opened(path, unit, resampling)) is not None]
         if not self._files:
-            raise InputError(f"reference={reference}: none of {len(paths)} files of heights touches the map")
+            raise InputError(f"{flag}={reference}: none of {len(paths)} files of heights touches the map")
 
     def _opened(
         self, path: Path, unit: str, resampling: str
@@ -55,9 +67,9 @@ class MapReference:
         try:
             raster = rasterio.open(path)
         except RasterioError as error:
-            raise InputError(f"reference: {path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{self.flag}: {path} cannot be read: {str(error).splitlines()[0]}") from error
         if raster.crs is None or raster.count != 1:
-            raise InputError(f"reference: {path} must have one band and a coordinate system")
+            raise InputError(f"{self.flag}: {path} must have one band and a coordinate system")
         bounds = transform_bounds(raster.crs, self.grid.crs, *raster.bounds)
         left, bottom, right, top = array_bounds(self.grid.height, self.grid.width, self.grid.transform)
         if bounds[0] >= right or bounds[2] <= left or bounds[1] >= top or bounds[3] <= bottom:

@@ -20,12 +20,16 @@ HALF_STEP = 2.5  # the only ratio of resolutions that is not a whole number: 1 m
 EIGHT_NEIGHBOURS = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], dtype=bool)
 
 
-def vegetation_mask(height: NDArray[Any], crop: NDArray[Any] | None = None) -> NDArray[np.uint8]:
+def vegetation_mask(height: NDArray[Any], crop: NDArray[Any] | None = None, resolution: float = 1.0) -> NDArray[np.uint8]:
     """Mask everything but tall vegetation in a 1 km LiDAR square.
 
+    The published rules are for 1 m. Coarser pixels keep their areas and lengths, as far as they can: a component of 25 m2,
+    a window of an odd number of pixels that is nearest to 7 m.
+
     Args:
-        height: pH95 at 1 m, decimetres: (row, column).
+        height: pH95, decimetres: (row, column).
         crop: True (or 1) on fields, where low vegetation is a crop: (row, column).
+        resolution: pixel size, metres.
 
     Returns:
         1 where there is no tall vegetation, 0 where there is: (row, column).
@@ -35,13 +39,15 @@ def vegetation_mask(height: NDArray[Any], crop: NDArray[Any] | None = None) -> N
     """
     if crop is not None and crop.shape != height.shape:
         raise InputError(f"the crop mask has the shape {crop.shape}, but the heights have {height.shape}")
-    vegetation = _without_small_components(height > 0)
+    smallest = SMALLEST_COMPONENT / resolution**2
+    side = 2 * round((NEIGHBOURHOOD / resolution - 1) / 2) + 1
+    vegetation = _without_small_components(height > 0, smallest)
     # Nodata is negative and must not lower the sum.
-    height_sum = _window_sum(np.maximum(height, 0))
-    low = (height_sum < LOW * _window_sum(vegetation)) & (height < LOW)
+    height_sum = _window_sum(np.maximum(height, 0), side)
+    low = (height_sum < LOW * _window_sum(vegetation, side)) & (height < LOW)
     if crop is not None:
         vegetation &= ~((height < LOWEST_ON_CROPS) & crop.astype(bool))
-    return (~_without_small_components(vegetation & ~low)).astype(np.uint8)
+    return (~_without_small_components(vegetation & ~low, smallest)).astype(np.uint8)
 
 
 def at_resolution(
@@ -99,16 +105,16 @@ def drop_low_and_isolated(height: NDArray[Any], no_vegetation: NDArray[np.bool_]
     return np.where(low, 0, height).astype(height.dtype), ~vegetation | isolated
 
 
-def _without_small_components(vegetation: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Remove 4-connected components smaller than `SMALLEST_COMPONENT`: (row, column)."""
+def _without_small_components(vegetation: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
+    """Remove 4-connected components of fewer than `smallest` pixels: (row, column)."""
     labels, _ = ndimage.label(vegetation)
-    large = np.bincount(labels.ravel()) >= SMALLEST_COMPONENT
+    large = np.bincount(labels.ravel()) >= smallest
     large[0] = False  # the background
     return large[labels]
 
 
-def _window_sum(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Sum over the window around each pixel, reflected at the edges: (row, column)."""
-    ones = np.ones(NEIGHBOURHOOD, dtype=np.int64)
+def _window_sum(values: NDArray[Any], side: int) -> NDArray[np.int64]:
+    """Sum over the window of `side` pixels around each pixel, reflected at the edges: (row, column)."""
+    ones = np.ones(side, dtype=np.int64)
     rows = ndimage.correlate1d(values.astype(np.int64), ones, axis=0)
     return np.asarray(ndimage.correlate1d(rows, ones, axis=1))

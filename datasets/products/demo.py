@@ -46,6 +46,7 @@ TILE = "31TDL"
 DATES = 10
 KINDS = 5  # of products: SAFE with an offset, as an archive and as a folder, SAFE without one, Theia, STAC
 FINE = round(PIXEL)  # 1 m pixels along an image pixel
+FRAME = 4  # image pixels around the place, like those at its edges, so that images are whole on other grids, too
 WATER_SHARE = 0.5  # of a pixel, from which it counts as water
 
 
@@ -193,15 +194,19 @@ def _observed(
 
 def _tile_grid() -> Grid:
     """A part of the tile that holds the place, of whole pixels of 20 m."""
-    right, bottom = CORNER[0] + SIDE * PIXEL, CORNER[1] - SIDE * PIXEL
-    bounds = rasterio.warp.transform_bounds(LAMBERT_93, UTM, CORNER[0], bottom, right, CORNER[1], densify_pts=21)
+    left, bottom = CORNER[0] - FRAME * PIXEL, CORNER[1] - (SIDE + FRAME) * PIXEL
+    side = (SIDE + 2 * FRAME) * PIXEL
+    bounds = rasterio.warp.transform_bounds(LAMBERT_93, UTM, left, bottom, left + side, bottom + side, densify_pts=21)
     left, bottom, right, top = (round(part / 20) * 20 for part in bounds)
     return Grid(UTM, Affine(PIXEL, 0, left, 0, -PIXEL, top), int((top - bottom) / PIXEL), int((right - left) / PIXEL))
 
 
 def _on_tile(image: NDArray[np.int16], states: NDArray[np.uint8], grid: Grid) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """An image and its states on the grid of the tile."""
-    source: dict[str, Any] = {"src_transform": Affine(PIXEL, 0, CORNER[0], 0, -PIXEL, CORNER[1]), "src_crs": LAMBERT_93}
+    image = np.pad(image, ((0, 0), (FRAME, FRAME), (FRAME, FRAME)), mode="edge")
+    states = np.pad(states, FRAME, mode="edge")
+    corner = Affine(PIXEL, 0, CORNER[0] - FRAME * PIXEL, 0, -PIXEL, CORNER[1] + FRAME * PIXEL)
+    source: dict[str, Any] = {"src_transform": corner, "src_crs": LAMBERT_93}
     target: dict[str, Any] = {"dst_transform": grid.transform, "dst_crs": grid.crs}
     warped = np.full((len(BANDS), grid.height, grid.width), NODATA, np.int16)
     nodata: dict[str, Any] = {"src_nodata": NODATA, "dst_nodata": NODATA, "resampling": rasterio.warp.Resampling.bilinear}
