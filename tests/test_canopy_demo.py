@@ -41,7 +41,7 @@ def images(root: Path) -> pd.DataFrame:
 def landscape() -> Landscape:
     """What stands in the first square of the small tile."""
     square = demo._place_square(0, 0, "training", 2024, small=True)
-    return demo._draw_landscape(square.forest_share, np.random.default_rng(square.seed))
+    return demo.draw_landscape(square.forest_share, np.random.default_rng(square.seed))
 
 
 def read(path: Path) -> NDArray[Any]:
@@ -193,7 +193,7 @@ def ndvi_of(landscape: Landscape, day: int, where: NDArray[np.bool_]) -> float:
         cloud_seed=(0,),
         last_easting=np.inf,
     )
-    surface = next(demo._surfaces(landscape, [acquisition]))
+    surface = next(demo.surfaces_of(landscape, [acquisition]))
     red, infrared = surface[..., BANDS.index("B4")], surface[..., BANDS.index("B8")]
     return float(((infrared - red) / (infrared + red))[where].mean())
 
@@ -239,7 +239,7 @@ def test_files_do_not_depend_on_the_number_of_processes(root: Path, tmp_path: Pa
     """Two squares made again, each in a process of its own, are those that one process made."""
     contexts = demo.SMALL_CONTEXT_OF_SQUARE
     squares = [demo._place_square(0, position, context, 2024, small=True) for position, context in enumerate(contexts)]
-    acquisitions = demo._draw_acquisitions(squares, (2024, 0), demo.SMALL_DATES)
+    acquisitions = demo.draw_acquisitions(squares, (2024, 0), demo.SMALL_DATES)
     rows = list(demo._make_patches([Task(tmp_path, square, acquisitions) for square in squares[:2]], processes=2))
     assert [made.mask["lidar_id"] for made in rows] == [square.patch for square in squares[:2]]
     again, before = files_of(tmp_path), files_of(root)
@@ -248,7 +248,7 @@ def test_files_do_not_depend_on_the_number_of_processes(root: Path, tmp_path: Pa
 
 
 def test_another_seed_is_another_landscape(landscape: Landscape) -> None:
-    other = demo._draw_landscape(demo.WOODED, np.random.default_rng((1, 0, 0)))
+    other = demo.draw_landscape(demo.WOODED, np.random.default_rng((1, 0, 0)))
     assert np.corrcoef(other.height.ravel(), landscape.height.ravel())[0, 1] < 0.3
 
 

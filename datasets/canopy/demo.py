@@ -306,7 +306,7 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
     tasks = []
     for tile in range(1 if small else len(TILES)):
         squares = [_place_square(tile, position, context, seed, small) for position, context in enumerate(contexts)]
-        acquisitions = _draw_acquisitions(squares, (seed, tile), SMALL_DATES if small else DATES)
+        acquisitions = draw_acquisitions(squares, (seed, tile), SMALL_DATES if small else DATES)
         tasks += [Task(root, square, acquisitions) for square in squares]
     processes = min(processes or len(sched_getaffinity(0)), len(tasks))
     made = tqdm(_make_patches(tasks, processes), "Simulating squares...", len(tasks), leave=False)
@@ -338,7 +338,7 @@ def _place_square(tile: int, position: int, context: str, seed: int, small: bool
     return Square(name, context, *place, forest_share, LIDAR_DATES[tile], (seed, tile, position))
 
 
-def _draw_acquisitions(squares: list[Square], seed: tuple[int, int], count: int) -> list[Acquisition]:
+def draw_acquisitions(squares: list[Square], seed: tuple[int, int], count: int) -> list[Acquisition]:
     """Draw the acquisitions of a tile in a year, ordered by date."""
     rng = np.random.default_rng((*seed, DATE_STREAM))
     days = np.rint(np.linspace(6, 356, count) + rng.uniform(-4, 4, count)).astype(int)
@@ -383,7 +383,7 @@ def sun_angles(day: int) -> tuple[float, float]:
     return round(float(np.rad2deg(np.arccos(up))), 1), round(float(np.rad2deg(np.arctan2(east, north)) % 360), 1)
 
 
-def _draw_landscape(forest_share: float, rng: np.random.Generator) -> Landscape:
+def draw_landscape(forest_share: float, rng: np.random.Generator) -> Landscape:
     """Draw parcels, trees and ground of a patch and its fringe."""
     parcels, kinds = _draw_parcels(forest_share, rng)
     road = _road_distance(rng)
@@ -666,7 +666,7 @@ def _sample(fields: Floats, spread: sparse.csr_array) -> Floats:
     return np.asarray((spread @ along.T).reshape(spread.shape[0], -1, count).transpose(1, 0, 2))
 
 
-def _opacity(acquisition: Acquisition, east: Reals, north: Reals) -> Reals:
+def cloud_opacity(acquisition: Acquisition, east: Reals, north: Reals) -> Reals:
     """Opacity of the clouds above the points of a grid, given in km: (north, east)."""
     rng = np.random.default_rng(acquisition.cloud_seed)
     size = np.exp(rng.uniform(np.log(SMALLEST_CLOUD), np.log(LARGEST_CLOUD), CLOUD_WAVES))
@@ -687,13 +687,13 @@ def _sky(square: Square, acquisition: Acquisition) -> Sky:
     away = CLOUD_BASE * np.tan(np.deg2rad(acquisition.sun_zenith))  # km from a shadow to its cloud, towards the sun
     edge = acquisition.last_easting + TRACK_SLOPE * (north - square.north)
     return Sky(
-        _opacity(acquisition, east, north),
-        _opacity(acquisition, east + away * np.sin(azimuth), north + away * np.cos(azimuth)),
+        cloud_opacity(acquisition, east, north),
+        cloud_opacity(acquisition, east + away * np.sin(azimuth), north + away * np.cos(azimuth)),
         east > edge[:, None],
     )
 
 
-def _observe(surface: Reals, sky: Sky, acquisition: Acquisition, rng: np.random.Generator) -> NDArray[np.int16]:
+def observe(surface: Reals, sky: Sky, acquisition: Acquisition, rng: np.random.Generator) -> NDArray[np.int16]:
     """Image of a surface through the atmosphere: (band, row, column), reflectance x 10 000, NODATA beyond the orbit.
 
     Args:
@@ -717,19 +717,19 @@ def _make_patch(task: Task) -> Rows:
     """Write the images, LiDAR heights and mask of a patch; returns its rows of the tables."""
     root, square, acquisitions = task
     rng = np.random.default_rng(square.seed)
-    landscape = _draw_landscape(square.forest_share, rng)
+    landscape = draw_landscape(square.forest_share, rng)
     lidar_name, mask = _write_lidar(root, square, landscape, rng)
 
     rows = Rows([], [], mask)
     corner = (1000 * square.east - (PATCH - SQUARE) // 2, 1000 * square.north + (PATCH - SQUARE) // 2)
-    surfaces = _surfaces(landscape, acquisitions)
+    surfaces = surfaces_of(landscape, acquisitions)
     for acquisition, surface in zip(acquisitions, surfaces, strict=True):
         sky = _sky(square, acquisition)
         if sky.outside.all():
             continue
         when = date(YEAR, 1, 1) + timedelta(days=acquisition.day)
         name = f"{acquisition.sensor}_{when:%Y%m%d}_{square.tile}_{square.patch}"
-        image = _observe(surface, sky, acquisition, rng)
+        image = observe(surface, sky, acquisition, rng)
         _write_raster(root / "patches" / square.tile / square.patch / f"{name}.tif", image, corner, PIXEL, NODATA)
         rows.images.append(
             {
@@ -760,7 +760,7 @@ def _make_patch(task: Task) -> Rows:
     return rows
 
 
-def _surfaces(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator[Reals]:
+def surfaces_of(landscape: Landscape, acquisitions: list[Acquisition]) -> Iterator[Reals]:
     """Yield the reflectance x 10 000 of the landscape as resolved by the sensor, by date: (row, column, band)."""
     spread, coarse_spread = _point_spread(), _coarse_point_spread()
     everywhere = _sample(landscape.materials, spread)
