@@ -16,7 +16,7 @@ from utils.errors import InputError
 
 YEAR, CLEAR_DATES, WIDEST_GAP = "year", "clear_dates", "widest_gap"
 OUTSIDE, PARTLY = "outside of the products", "not wholly in one tile"
-NO_CLEAR, GAP, NO_INDEX = "no clear date", "gap wider than max_gap", "index without a value"
+NO_CLEAR, NO_VALUE, GAP = "no clear date", "band or index without a value", "gap wider than max_gap"
 ENDINGS = (".csv", ".tsv", ".parquet")
 
 
@@ -99,7 +99,7 @@ def make_rows(records: Records, observed: Sequence[Observed], channels: Sequence
             here = of_place[records.places[chosen]].to_numpy()
             regular = regular_series(days_from(one.dates, int(year)), one.values[:, :, here], rules, int(year))
             complete = regular.complete(rules.max_gap)
-            lacking = np.where(regular.widest_gap > rules.max_gap, GAP, NO_INDEX)
+            lacking = np.where(np.isnan(regular.series).any((0, 1)), NO_VALUE, GAP)
             reasons += np.where(regular.clear_dates == 0, NO_CLEAR, lacking)[~complete].tolist()
             series = regular.series.transpose(2, 0, 1).reshape(len(chosen), -1)
             own = pd.DataFrame({name: values[here] for name, values in one.columns.items()}, index=chosen)
@@ -108,7 +108,7 @@ def make_rows(records: Records, observed: Sequence[Observed], channels: Sequence
     table = records.columns.assign(**{YEAR: records.years})
     table = table[[records.name_column, YEAR, *(name for name in records.columns if name != records.name_column)]]
     made = pd.concat(parts) if parts else pd.DataFrame(columns=predictors)
-    return Rows(table.join(made, how="inner").reset_index(drop=True), dict(pd.Series(reasons, dtype=object).value_counts()))
+    return Rows(table.join(made, how="inner").reset_index(drop=True), dict(Counter(reasons)))
 
 
 def carried(
@@ -176,4 +176,4 @@ def write_rows(path: Path, table: pd.DataFrame) -> None:
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
     """The reasons and their numbers."""
-    return ", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "none"
+    return ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count) or "none"
