@@ -65,6 +65,8 @@ from utils.runs import (
 
 SIMULATED, NONE = "simulated", "none"
 UNIT = "reflectance x 10 000"
+# Pixels times bands. Of JPEG 2000, 6 million take a second of a core, and a worker takes 3 seconds to start.
+WORTH_WORKERS = 40e6
 STACK_FLAGS = ("area", "bands", "end", "indices", "max_gap", "method", "resampling", "start", "steps", "window")
 
 parser = FlagParser(prog="series_inputs.py", description=__doc__)
@@ -93,7 +95,7 @@ parser.flag("resampling", one_of("nearest", "bilinear"), "nearest", "of bands of
 parser.flag("start", whole(1, 366), 90, "first day of the season, day of the year; after end: of the year before")
 parser.flag("steps", whole(2), 16, "number of steps, evenly from start to end")
 parser.flag("window", auto_or(real(1)), "auto", "days of a composite; auto: from one step to the next")
-parser.flag("workers", auto_or(whole(1)), "auto", "processes of one thread; auto: one a core")
+parser.flag("workers", auto_or(whole(1)), "auto", "processes of one thread; auto: one a core, one alone for small products")
 parser.flag("year_column", str, "auto", "year that a row of places is of; auto: year, where there is one; none: all years")
 parser.flag("years", step_ranges, "all", "years or ranges, such as 2019-2021; all that the dates have")
 
@@ -135,12 +137,17 @@ def main() -> None:
     if simulated:
         flags |= simulated_inputs(flags)
     tiles, channels, years = products_of(flags, rules)
-    count = flags["workers"] or torch.get_num_threads()
-    with rasters.workers(min(count, max(len(tile.products) for tile in tiles))) as run:
+    with rasters.workers(flags["workers"] or worthwhile_workers(tiles, channels)) as run:
         if flags["places"] != NONE:
             write_table(out, from_products(flags, rules, tiles, channels, years, run), rules, flags, simulated)
         if flags["area"] != NONE:
             write_stacks(out, flags, tiles, channels, rules, years, note, run)
+
+
+def worthwhile_workers(tiles: Sequence[Tile], channels: Channels) -> int:
+    """One a core, but one alone where all that could be read takes less time than the workers' own start."""
+    pixels = sum(tile.grid.height * tile.grid.width * len(tile.products) for tile in tiles)
+    return torch.get_num_threads() if pixels * len(channels.sources) > WORTH_WORKERS else 1
 
 
 def rules_of(flags: Mapping[str, Any]) -> Rules:
