@@ -39,11 +39,11 @@ from datasets.place_series.rows import (
     Observed,
     Records,
     Rows,
-    carried,
     check_table,
     describe_left_out,
     each_year,
     make_rows,
+    new_names,
     write_rows,
 )
 from datasets.products import BANDS, find_products
@@ -231,12 +231,21 @@ def from_long_table(flags: Mapping[str, Any], rules: Rules) -> Inputs:
     for line in long.said:
         say(line)
     source = {"observations": {"name": long.table.name, "sha256": long.table.sha256}}
-    columns, said = carried(
-        long.records.columns, long.channels.names, rules.steps, (YEAR, CLEAR_DATES, WIDEST_GAP), long.table.name
-    )
-    for line in said:
-        say(line)
-    return Inputs(long.records._replace(columns=columns), [long.observed], long.channels, long.lacking.tolist(), {}, source)
+    records = with_new_names(long.records, long.channels, rules, (YEAR, CLEAR_DATES, WIDEST_GAP), long.table.name)
+    return Inputs(records, [long.observed], long.channels, long.lacking.tolist(), {}, source)
+
+
+def with_new_names(records: Records, channels: Channels, rules: Rules, own: Sequence[str], source: str) -> Records:
+    """Records with other names for columns that main would take for bands, which are said.
+
+    Raises:
+        InputError: a column has the name of one that the table gets.
+    """
+    new = new_names(records.columns, channels.names, rules.steps, own, source)
+    for name, other in new.items():
+        say(f"Column {name} is carried as {other}, or main would take it for a band and step")
+    name = records.name_column
+    return records._replace(columns=records.columns.rename(columns=new), name_column=new.get(name, name))
 
 
 def products_of(flags: Mapping[str, Any], rules: Rules) -> tuple[list[Tile], Channels, list[int]]:
@@ -274,17 +283,17 @@ def from_products(
     path = called_from() / flags["places"]
     places = read_places(path, flags["plot_column"], flags["year_column"], flags["crs"])
     say(f"Places: {places.source}, {len(places.geometry)} by column {places.name_column}, {places.crs.name}")
-    own = (CLEAR_DATES, WIDEST_GAP, "pixels", "tile", *([] if places.year_column == YEAR else [YEAR]))
-    columns, said = carried(places.columns, channels.names, rules.steps, own, places.source)
-    for line in said:
-        say(line)
+    own_years, columns = None, places.columns
+    if places.year_column:
+        own_years, columns = columns[places.year_column].to_numpy(np.int64), columns.drop(columns=places.year_column)
+    records = each_year(columns, places.name_column, own_years, years)
+    records = with_new_names(records, channels, rules, (YEAR, CLEAR_DATES, WIDEST_GAP, "pixels", "tile"), places.source)
     home, left_out = homes_of(places, tiles)
     if (home < 0).all():
         names = ", ".join(tile.name for tile in tiles)
         raise InputError(f"{path}: no place lies in the products ({names}): {describe_left_out(left_out)}")
-    records = each_year(columns, places.name_column, places.year_column, years)
-    if places.year_column:
-        left_out["year without products"] = int((~places.columns[places.year_column].isin(years) & (home >= 0)).sum())
+    if own_years is not None:
+        left_out["year without products"] = int((~np.isin(own_years, years) & (home >= 0)).sum())
     else:
         left_out = {reason: count * len(years) for reason, count in left_out.items()}
     observed, lacking = observe(places, home, tiles, channels, flags["resampling"], flags["min_clear"], run)

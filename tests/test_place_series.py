@@ -14,7 +14,7 @@ from datasets.place_series.bands import ALIASES, choose_channels, parse
 from datasets.place_series.long_table import read_long
 from datasets.place_series.places import read_places
 from datasets.place_series.regular import Rules, days_from, regular_series
-from datasets.place_series.rows import carried, each_year, make_rows
+from datasets.place_series.rows import each_year, make_rows, new_names
 from utils.errors import InputError
 
 BANDS = tuple(group[0] for group in ALIASES if group[0] not in ("B1", "B9"))
@@ -224,16 +224,18 @@ def test_columns_that_main_would_take_for_bands_get_another_name() -> None:
     columns = pd.DataFrame(
         {"site": ["a"], "cover_3": [1], "biomass_2019": [2.0], "ph_10": [1], "ph_20": [2], "B4_99": ["x"]}
     )
-    renamed, said = carried(columns, ["B4", "B8"], 5, ("year",), "places.csv")
-    assert list(renamed) == ["site", "cover-3", "biomass_2019", "ph-10", "ph-20", "B4-99"] and len(said) == 4
-    with pytest.raises(InputError, match="has a column 'b4_1', which the table of series gets of its own"):
-        carried(pd.DataFrame({"b4_1": [1]}), ["B4"], 5, (), "places.csv")
+    new = new_names(columns, ["B4", "B8"], 5, ("year",), "places.csv")
+    assert new == {"cover_3": "cover-3", "ph_10": "ph-10", "ph_20": "ph-20", "B4_99": "B4-99"}
+    with pytest.raises(InputError, match="has a column 'b4_1', which the table of series gets itself"):
+        new_names(pd.DataFrame({"b4_1": [1]}), ["B4"], 5, (), "places.csv")
 
 
 def test_a_row_is_of_its_own_year_or_of_all() -> None:
-    columns = pd.DataFrame({"site": ["a", "a", "b"], "when": [2020, 2021, 2019]})
-    own = each_year(columns, "site", "when", [2020, 2021])
-    assert own.years.tolist() == [2020, 2021] and list(own.columns) == ["site"] and own.places.tolist() == [0, 1]
+    columns = pd.DataFrame({"site": ["a", "a", "b"]})
+    own = each_year(columns, "site", np.array([2020, 2021, 2019]), [2020, 2021])
+    assert (
+        own.years.tolist() == [2020, 2021] and own.places.tolist() == [0, 1] and own.columns["site"].tolist() == ["a", "a"]
+    )
     every = each_year(columns.iloc[1:], "site", None, [2020, 2021])
     assert every.years.tolist() == [2020, 2020, 2021, 2021] and every.places.tolist() == [0, 1, 0, 1]
 

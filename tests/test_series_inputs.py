@@ -176,14 +176,14 @@ def test_a_large_place_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_places_of_several_tiles_and_years(made: Made, run_series_inputs: Callable[..., Ended], tmp_path: Path) -> None:
-    west = pixel_points([(20, 5), (20, 30), (20, 50), (20, 90)], year=2023, cover_2=[1, 2, 3, 4]).to_crs("EPSG:4326")
+    west = pixel_points([(20, 5), (20, 30), (20, 50), (20, 90)], Year=2023, cover_2=[1, 2, 3, 4]).to_crs("EPSG:4326")
     far = geopandas.GeoDataFrame(
-        {"plot": ["far", "old"], "year": [2023, 2019]},
+        {"plot": ["far", "old"], "Year": [2023, 2019]},
         geometry=geopandas.points_from_xy([500_105] * 2, [4_999_805] * 2),
         crs="EPSG:32632",
     )
     cut = geopandas.GeoDataFrame(
-        {"plot": ["cut"], "year": [2023]}, geometry=[shapely.box(499_950, 4_999_800, 500_050, 4_999_900)], crs="EPSG:32631"
+        {"plot": ["cut"], "Year": [2023]}, geometry=[shapely.box(499_950, 4_999_800, 500_050, 4_999_900)], crs="EPSG:32631"
     )
     places = pd.concat([west, far.to_crs("EPSG:4326"), cut.to_crs("EPSG:4326")])
     places.to_file(tmp_path / "places.gpkg")
@@ -294,7 +294,7 @@ def test_wrong_input_is_refused_in_a_sentence(made: Made, run_series_inputs: Cal
     )
     refused("no product is of 2018", products, "places=places.gpkg", "years=2019")
     refused("'thermal' is not a band of the products", products, "places=places.gpkg", "indices=x=thermal/nir")
-    refused("own.gpkg has a column 'tile', which the table of series gets", products, "places=own.gpkg")
+    refused("own.gpkg has a column 'tile', which the table of series gets itself", products, "places=own.gpkg")
     refused("holds no pixel", products, "places=none", "area=0 0 10 10")
     refused("leave nothing to write", products, "places=none")
     refused("steps=6: the season from start=91 to end=95 has 5 days", products, "places=places.gpkg", "end=95")

@@ -33,7 +33,7 @@ Sums = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 class Tile(NamedTuple):
-    """Products of one tile, by date."""
+    """Products of one tile, by date; a tile without a name is called by its upper-left corner."""
 
     name: str
     grid: Grid
@@ -97,7 +97,8 @@ def tiles_of(products: Sequence[Product], rules: Rules, years: Sequence[int]) ->
     for product in products:
         day = np.array([product.date], dtype="datetime64[D]")
         if any(rules.uses(days_from(day, year), year)[0] for year in years):
-            found.setdefault((product.tile, product.grid), []).append(product)
+            name = product.tile or f"{product.grid.transform.c:.0f}_{product.grid.transform.f:.0f}"
+            found.setdefault((name, product.grid), []).append(product)
     tiles = [
         Tile(name, grid, tuple(sorted(own, key=lambda one: (one.date, one.name)))) for (name, grid), own in found.items()
     ]

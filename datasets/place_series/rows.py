@@ -59,24 +59,22 @@ class Rows(NamedTuple):
     left_out: dict[str, int]
 
 
-def each_year(columns: pd.DataFrame, name_column: str, year_column: str | None, years: Sequence[int]) -> Records:
+def each_year(columns: pd.DataFrame, name_column: str, own_years: NDArray[np.int64] | None, years: Sequence[int]) -> Records:
     """A record for each place and year, or for each row of its own year.
 
     Args:
-        columns: of the places, a row each.
+        columns: of the places, a row each, without the year.
         name_column: the place's name.
-        year_column: the year of a row; None: each place has a record in each year.
-        years: that are wanted; others are left out.
+        own_years: (place,) of the rows; None: each place has a record in each year.
+        years: that are wanted; rows of others are left out.
     """
-    if year_column is None:
+    if own_years is None:
         places = np.tile(np.arange(len(columns)), len(years))
-        return Records(
-            columns.iloc[places].reset_index(drop=True), name_column, places, np.repeat(np.array(years), len(columns))
-        )
-    own = columns[year_column].astype(np.int64).to_numpy()
-    places = np.flatnonzero(np.isin(own, years))
-    chosen = columns.drop(columns=year_column).iloc[places].reset_index(drop=True)
-    return Records(chosen, name_column, places, own[places])
+        of_records = np.repeat(np.array(years, dtype=np.int64), len(columns))
+    else:
+        places = np.flatnonzero(np.isin(own_years, years))
+        of_records = own_years[places]
+    return Records(columns.iloc[places].reset_index(drop=True), name_column, places, of_records)
 
 
 def make_rows(records: Records, observed: Sequence[Observed], channels: Sequence[str], rules: Rules) -> Rows:
@@ -111,10 +109,8 @@ def make_rows(records: Records, observed: Sequence[Observed], channels: Sequence
     return Rows(table.join(made, how="inner").reset_index(drop=True), dict(Counter(reasons)))
 
 
-def carried(
-    columns: pd.DataFrame, channels: Sequence[str], steps: int, own: Sequence[str], source: str
-) -> tuple[pd.DataFrame, list[str]]:
-    """Columns as the table is to carry them: main must not take them for bands, nor find a name twice.
+def new_names(columns: pd.DataFrame, channels: Sequence[str], steps: int, own: Sequence[str], source: str) -> dict[str, str]:
+    """New names for columns that main would take for bands and steps, by the old ones.
 
     Args:
         columns: of the places.
@@ -123,27 +119,20 @@ def carried(
         own: names of the columns that the table gets beside the series.
         source: of the columns, for messages.
 
-    Returns:
-        The columns, and what should be said of new names.
-
     Raises:
         InputError: a column has the name of one that the table gets.
     """
-    ours = {name.casefold(): name for name in (*own, *predictor_names(channels, steps))}
+    ours = {name.casefold() for name in (*own, *predictor_names(channels, steps))}
     twice = next((name for name in columns if str(name).casefold() in ours), None)
     if twice is not None:
-        raise InputError(
-            f"{source} has a column {twice!r}, which the table of series gets of its own; another name is expected"
-        )
+        raise InputError(f"{source} has a column {twice!r}, which the table of series gets itself; another name is expected")
     matches = {name: match for name in columns if (match := PREDICTOR.fullmatch(str(name)))}
     stems = Counter(match[1] for match in matches.values())
-    new = {
+    return {
         name: f"{match[1]}-{match[2]}"
         for name, match in matches.items()
         if match[1] in channels or 1 <= int(match[2]) <= steps or stems[match[1]] > 1
     }
-    said = [f"Column {name} is carried as {to}, or main would take it for a band and step" for name, to in new.items()]
-    return columns.rename(columns=new), said
 
 
 def check_table(path: Path, channels: Sequence[str], steps: int, rows: int) -> str:
