@@ -119,7 +119,7 @@ def test_the_rows_of_points_are_the_pixels_of_the_stack(
             left_out += 1
             assert np.isnan(pixel).all()
     assert 4 <= left_out < len(pixels) / 2 and len(table) == len(pixels) - left_out
-    assert f"[*] Left out: {left_out} (" in done.stdout and "no clear date 4" in done.stdout
+    assert f"[*] Left out: {left_out} (" in done.stdout and "no clear date: 4" in done.stdout
     assert set(table["tile"]) == {"31TDL"} and set(table["pixels"]) == {1}
 
 
@@ -195,7 +195,7 @@ def test_places_of_several_tiles_and_years(made: Made, run_series_inputs: Callab
     # The second one lies in two tiles, and is read from the one with more dates.
     assert table["tile"].to_dict() == {"p20_5": "31TDL", "p20_30": "31TDL", "p20_50": "31TEL", "far": "32TNR"}
     assert table.loc["p20_30", "clear_dates"] == made.clear[:, 20, 30].sum() and table.loc["far", "clear_dates"] == 4
-    assert "Left out: 3 (outside of the products 1, not wholly in one tile 1, year without products 1)" in done.stdout
+    assert "Left out: 3 (outside of the products: 1, not wholly in one tile: 1, year without products: 1)" in done.stdout
     assert "Column cover_2 is carried as cover-2" in done.stdout and "cover-2" in table
     samples = prepare(read_table(tmp_path / "table.csv"), "cover-2", plot_column="plot")
     assert (
@@ -283,8 +283,8 @@ def test_wrong_input_is_refused_in_a_sentence(made: Made, run_series_inputs: Cal
         assert sorted(tmp_path.iterdir()) == before
 
     refused("plain.csv has no coordinate system; crs=", products, "places=plain.csv")
-    refused("no place lies in the products .31TDL, 31TEL, 32TNR.: outside of the products 1", products, "places=away.gpkg")
-    refused("no row is left for series.csv .left out: no clear date 2.", products, "places=cloudy.gpkg")
+    refused("no place lies in the products .31TDL, 31TEL, 32TNR.: outside of the products: 1", products, "places=away.gpkg")
+    refused("no row is left for series.csv .left out: no clear date: 2.", products, "places=cloudy.gpkg")
     refused(
         "no product lies in the season of any year; their dates are from",
         products,
@@ -335,7 +335,7 @@ def test_a_long_table_becomes_a_table_for_main(run_series_inputs: Callable[..., 
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "long.csv", index=False)
     done = run_series_inputs("observations=long.csv", "out=table.tsv", "indices=ndvi=(B8-B4)/(B8+B4), one=1/(B8-B8)")
-    assert done.returncode == 2 and "band or index without a value 12" in done.stderr
+    assert done.returncode == 2 and "band or index without a value: 12" in done.stderr
     done = run_series_inputs("observations=long.csv", "out=table.tsv", "indices=ndvi=(B8-B4)/(B8+B4)", "max_gap=120")
     assert done.returncode == 0, done.stderr
     assert "[*] Rows: 12" in done.stdout and "clouds cloud" in done.stdout

@@ -277,7 +277,7 @@ def observe(
         cells = cells_of(parts)
         tasks += [Extraction(number, *one, cells, len(own)) for one in enumerate(tile.products)]
     results: dict[tuple[int, int], Sums] = {}
-    with tqdm(total=len(tasks), desc="Reading products...", unit="product") as bar:
+    with tqdm(total=len(tasks), desc="Averaging places...", unit="product") as bar:
         for task, result in run(build_extractor, Reading(channels.sources, resampling), tasks):
             results[task.tile, task.number] = result
             bar.update()

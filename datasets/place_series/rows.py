@@ -165,4 +165,4 @@ def write_rows(path: Path, table: pd.DataFrame) -> None:
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
     """The reasons and their numbers."""
-    return ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count) or "none"
+    return ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count) or "none"
