@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED
+from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
 from datasets.canopy.cell_dates import (
     DATES_OUTPUT,
     UNKNOWN,
     MapInputs,
+    chosen_angles,
     chosen_dates,
     pieces_of,
     remove_strips,
@@ -67,7 +68,9 @@ parser = FlagParser(prog="canopy_map.py", description=__doc__)
 parser.flag("area", str, "all", "all, or the part to map: left,bottom,right,top in the images' grid, or a GeoJSON file")
 parser.flag("cell", whole(16, 2048), 512, "side of a cell, whose pixels are mapped from the same dates, in image pixels")
 parser.flag("delta_day", whole(-183, 182), 0, "days from 2 July to the day of the year that heights are mapped for")
-parser.flag("images", str, "simulated", "folder or list of dated 10-band GeoTIFFs, or simulated")
+parser.flag(
+    "images", str, "simulated", "SAFE, Theia or STAC products or dated GeoTIFFs (folder, list or address), or simulated"
+)
 parser.flag("max_cloud", real(0, 100), 10, "percent, maximum share of cloud in an image of a cell")
 parser.flag("max_dates", auto_or(whole(1)), "auto", "maximum number of images of a cell; auto: as in training")
 parser.flag("max_missing", real(0, 100), 1, "percent, maximum share of pixels without data in an image of a cell")
@@ -136,7 +139,7 @@ def main() -> None:
         "model": f"THREASURE-Net, {record['resolution']:g} m",
         "run": run_folder.name,
         "weights_sha256": identity["weights_sha256"],
-        "images": f"{len(series.images)} images of {series.images[0].day} to {series.images[-1].day}",
+        "images": f"{len(series.images)} images of {series.images[0].date} to {series.images[-1].date}",
         "images_sha256": identity["images_sha256"],
         "day_of_year": str(spec.day + 1),
     }
@@ -217,6 +220,19 @@ def network_of(record: dict[str, Any]) -> ThreasureNet:
     return make_network(record["flags"], len(BANDS) + ANGLE_CHANNELS * record["angles"])
 
 
+class Dated(NamedTuple):
+    """Images (date, band, row, column), days of the year (date,), and angle channels (date, 6) or None."""
+
+    images: torch.Tensor
+    days: torch.Tensor
+    angles: torch.Tensor | None
+
+    def every_other(self, first: int) -> "Dated":
+        """Every other date from the first one, 0 or 1, on."""
+        angles = None if self.angles is None else self.angles[first::2]
+        return Dated(self.images[first::2], self.days[first::2], angles)
+
+
 class Mapper:
     """Maps windows: height and, with several files of weights, its spread in dm; vegetation in %.
 
@@ -238,9 +254,7 @@ class Mapper:
         self.reader = self.inputs.reader()
         self.chosen = chosen_dates(Path(self.inputs.folder))
         self.days = torch.from_numpy(self.inputs.series.days).to(self.device)
-        self.angles: torch.Tensor | None = None
-        if record["angles"]:
-            self.angles = torch.from_numpy(self.inputs.series.angle_channels).to(self.device)
+        self.angles = chosen_angles(Path(self.inputs.folder)) if record["angles"] else None
 
     def __call__(self, window: Window) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
         """Height and spread (layer, row, column), vegetation (1, row, column), nodata where there are too few dates."""
@@ -254,7 +268,7 @@ class Mapper:
             place = within(piece, outer)
             if not clear[place].any():
                 continue
-            heights, probability = self.map_piece(piece, self.chosen[cell])
+            heights, probability = self.map_piece(piece, cell)
             seen = sum((self.reader.bands(number, piece) != NODATA).all(0).astype(int) for number in self.chosen[cell])
             valid = (clear[place] & (seen >= limits.min_dates)).repeat(self.factor, 0).repeat(self.factor, 1)
             rows, columns = finer(place, self.factor)
@@ -262,33 +276,40 @@ class Mapper:
             np.copyto(vegetation[0, rows, columns], np.rint(100 * probability).astype(np.uint8), where=valid)
         return height, vegetation
 
-    def map_piece(self, piece: Window, numbers: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Height and spread in dm, vegetation as a probability, of a part of a cell from these images."""
-        reach = self.inputs.reach
+    def map_piece(self, piece: Window, cell: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Height and spread in dm, vegetation as a probability, of a part of a cell from its images."""
+        reach, numbers = self.inputs.reach, self.chosen[cell]
         aligned = aligned_to(piece, self.nets[0].alignment)
         around = grown(aligned, reach)
         images = np.stack([self.reader.extended_bands(number, around, reach) for number in numbers])
         shape = f"{piece.height} x {piece.width} pixels and {len(numbers)} dates"
         with explaining_out_of_memory(f"on {self.device} with a window of {shape}; lower window"):
-            on_device = torch.from_numpy(images).to(self.device)
-            height, vegetation = self.predict(self.nets[0], on_device, numbers)
+            dated = Dated(torch.from_numpy(images).to(self.device), self.days[numbers], self.angles_of(cell))
+            height, vegetation = self.predict(self.nets[0], dated)
             members = [height]
             if len(self.nets) > 1:
-                members += [self.predict(net, on_device, numbers)[0] for net in self.nets[1:]]
+                members += [self.predict(net, dated)[0] for net in self.nets[1:]]
                 halves = range(2) if len(numbers) > 1 else ()
-                members += [self.predict(self.nets[0], on_device[half::2], numbers[half::2])[0] for half in halves]
+                members += [self.predict(self.nets[0], dated.every_other(half))[0] for half in halves]
         if not bool(torch.isfinite(height).all()):
             raise InputError(f"{self.spec.weights[0]} gives heights that are not finite at row {piece.row_off}")
         layers = [height] if len(self.nets) == 1 else [height, torch.stack(members).std(0)]
         rows, columns = finer(within(piece, aligned), self.factor)
         return torch.stack(layers)[:, rows, columns].cpu().numpy(), vegetation[rows, columns].cpu().numpy()
 
+    def angles_of(self, cell: str) -> torch.Tensor | None:
+        """Angle channels of a cell's images, (date, 6), if the network sees them."""
+        if self.angles is None:
+            return None
+        return torch.from_numpy(angle_channels(np.array(self.angles[cell]))).to(self.device)
+
     @torch.no_grad()
-    def predict(self, net: ThreasureNet, images: torch.Tensor, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Height in dm and probability of vegetation, (row, column), of images (date, band, row, column)."""
-        inputs = standardise(images[None], None if self.angles is None else self.angles[numbers][None], self.statistics)
-        padding = torch.zeros(1, len(numbers), dtype=torch.bool)
-        dates = (self.days[numbers][None], torch.tensor([self.spec.day], device=self.device), padding)
+    def predict(self, net: ThreasureNet, dated: Dated) -> tuple[torch.Tensor, torch.Tensor]:
+        """Height in dm and probability of vegetation, (row, column)."""
+        angles = None if dated.angles is None else dated.angles[None]
+        inputs = standardise(dated.images[None], angles, self.statistics)
+        padding = torch.zeros(1, len(dated.days), dtype=torch.bool)
+        dates = (dated.days[None], torch.tensor([self.spec.day], device=self.device), padding)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
             height, logit = net(inputs, *dates, cut=self.inputs.reach)
         return 10 * self.statistics.metres(height[0, 0].float()), torch.sigmoid(logit[0, 0].float())
@@ -330,7 +351,7 @@ def write_results(
     height, note = Path("height.tif"), f" ({tags['note']})" if "note" in tags else ""
     chosen = chosen_dates(Path())
     save_plot(maps.quick_look(height, f"{tags['model']}, {tags['images']}{note}"), Path("height.png"))
-    dates = [image.day for image in inputs.series.images]
+    dates = [image.date.isoformat() for image in inputs.series.images]
     maps.write_stac_item(Path("map.stac.json"), [height, Path("vegetation.tif"), Path("dates.tif")], dates, tags)
     mapped = maps.mapped_area(height)
     steps = maps.steps_between_cells(height, chosen, inputs.area, inputs.cell)

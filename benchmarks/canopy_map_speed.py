@@ -38,7 +38,7 @@ from rasterio.windows import Window
 from benchmarks.plain_threasure_net import PlainThreasureNet
 from benchmarks.rates import compare_rates, rate_of
 from canopy_map import Spec, build_mapper, height_outputs
-from datasets.canopy.catalogue import NODATA
+from datasets.canopy.catalogue import NODATA, angle_channels
 from datasets.canopy.cell_dates import MapInputs, write_dates
 from datasets.canopy.image_series import ImageSeries, Limits, find_series, grown
 from datasets.canopy.tiles import PUBLISHED, standardise
@@ -89,7 +89,8 @@ def plain_window(net: PlainThreasureNet, series: ImageSeries, window: Window, ma
     for image in series.images:
         with rasterio.open(image.path) as raster:
             images.append(raster.read(window=around, boundless=True, fill_value=NODATA))
-    inputs = standardise(torch.from_numpy(np.stack(images))[None], torch.from_numpy(series.angle_channels)[None], PUBLISHED)
+    angles = torch.from_numpy(angle_channels(series.angles(np.array([[0.0, 0.0]]))[:, 0]))
+    inputs = standardise(torch.from_numpy(np.stack(images))[None], angles[None], PUBLISHED)
     dates = torch.from_numpy(series.days)[None], torch.tensor([QUERY_DAY]), torch.zeros(1, DATES, dtype=torch.bool)
     with torch.no_grad():
         height, _ = net(inputs, *dates, margin)

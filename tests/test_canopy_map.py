@@ -31,10 +31,11 @@ from scipy import ndimage
 from test_guild import SHORT_CANOPY
 
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
-from datasets.canopy.image_series import CLEAR, CLOUD, MISSING, WATER, Limits, choose_dates, extended
+from datasets.canopy.image_series import Limits, choose_dates, extended
 from datasets.canopy.map_reference import MapReference
 from datasets.canopy.reference import at_resolution, drop_low_and_isolated
 from datasets.canopy.tiles import PUBLISHED, standardise
+from datasets.products import CLEAR, CLOUD, MISSING, WATER
 from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
 from utils.rasters import Grid
 from utils.runs import read_tensors, write_json, write_tensors
@@ -420,24 +421,24 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "flags", "expected"),
     [
-        ("bands", [], "has 9 bands; expected are the 10 that the run knows, B2 B3"),
+        ("bands", [], "has 9 bands; the 10 that are known are expected, B2 B3"),
         ("grid", [], "has another grid (70 x 101 pixels from 500000 6500000) than"),
         ("crs", [], "but S2_20240301_test.tif in EPSG:32631"),
-        ("degrees", [], "is in degrees; heights are mapped on a grid in metres"),
+        ("degrees", [], "is in degrees; a grid in metres is expected"),
         ("pixels", [], "has pixels of 20 x 20 m, not 10 m, north up"),
         ("float", [], "is of type float32"),
         ("date", [], "undated_test.tif has no date in its name"),
         ("year", [], "the images are of 2023, 2024: year=... says which"),
-        ("names", [], "has bands that the run does not know (B1)"),
+        ("names", [], "has bands that are not known (B1)"),
         ("truncated", [], "S2_20240301_test.tif cannot be read"),
         ("clouds", [], "no pixel has min_dates=2 clear dates among the 7 images"),
         ("angles", [], "sees sun and view angles, but no image has them"),
         ("mask", [], "_mask.tif has another grid (70 x 3 pixels"),
         ("unfinished", [], "is no finished run of canopy"),
         ("other map", [], "height.tif exists and is of another map"),
-        ("no images", [], "has no GeoTIFF"),
-        ("", ["images=nowhere"], "nowhere does not exist; a folder or a list of dated GeoTIFFs"),
-        ("", ["year=2020"], "year=2020: no image is of that year; there are 2024"),
+        ("no images", [], "has none of SAFE or Theia products"),
+        ("", ["images=nowhere"], "nowhere does not exist; a folder or a list of SAFE or Theia"),
+        ("", ["year=2020"], "images=images: no product is of 2020; there are 2024"),
         ("", ["run=elsewhere"], "run=elsewhere: a folder, or the id of one run"),
         ("", ["area=0,0,1,1"], "holds no pixel"),
         ("", ["min_dates=8"], "no pixel has min_dates=8 clear dates among the 7 images"),

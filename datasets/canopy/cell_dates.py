@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from datasets.canopy.image_series import CLOUD, MISSING, WATER, ImageSeries, Limits, SeriesReader, choose_dates, grown
+from datasets.canopy.image_series import ImageSeries, Limits, SeriesReader, choose_dates, grown
+from datasets.products import CLOUD, MISSING, WATER
 from utils import rasters
 from utils.cluster import cluster
 from utils.errors import InputError
@@ -77,11 +78,15 @@ class MapInputs(NamedTuple):
         """What reads the images for the area."""
         margin = 2 * self.reach + ALIGNMENT
         columns = self.area[1] - margin, self.area[1] + self.area[3] + margin
+        # Dates are chosen row by row of cells, by workers of two rows at once.
+        kept_states = -(-(2 * self.cell + 2 * self.reach) // self.series.strip) + 1
         if not self.scheduler:
-            return SeriesReader(self.series, Path(self.folder) / rasters.BLOCKS / "strips", columns, self.kept_strips)
-        from distributed import get_worker
+            strips = Path(self.folder) / rasters.BLOCKS / "strips"
+        else:
+            from distributed import get_worker
 
-        return SeriesReader(self.series, strips_of_machine(self, get_worker()), columns, self.kept_strips)
+            strips = strips_of_machine(self, get_worker())
+        return SeriesReader(self.series, strips, columns, self.kept_strips, kept_states)
 
 
 def strips_of_machine(inputs: MapInputs, worker: "Worker") -> Path:
@@ -119,7 +124,7 @@ def build_chooser(inputs: MapInputs) -> Callable[[Window], tuple[NDArray[np.uint
     """What finds the dates of a cell's part in the area: the layers of `DATES_OUTPUT` and the cell's choice."""
     reader = inputs.reader()
     grid, images = inputs.series.grid, inputs.series.images
-    with_mask = np.array([image.mask is not None for image in images])
+    with_mask = np.array([image.masked for image in images])
 
     def choose(window: Window) -> tuple[NDArray[np.uint8], Choice]:
         part = inputs.in_images(window)
@@ -176,9 +181,34 @@ def write_dates(inputs: MapInputs, run: rasters.Run, identity: dict[str, Any], t
             f"no pixel has min_dates={inputs.limits.min_dates} clear dates among the {len(inputs.series.images)} images; "
             f"dates.tif shows where cloud or missing data is the reason"
         )
-    names = [Path(image.path).name for image in inputs.series.images]
-    write_json(folder / CHOSEN, {"images": names, "cells": {choice["cell"]: choice["images"] for choice in choices}})
+    document: dict[str, Any] = {
+        "images": [image.name for image in inputs.series.images],
+        "cells": {choice["cell"]: choice["images"] for choice in choices},
+    }
+    if inputs.series.with_angles:
+        document["angles"] = angles_of_cells(inputs, document["cells"])
+    write_json(folder / CHOSEN, document)
     shutil.rmtree(folder / CELLS)
+
+
+def angles_of_cells(inputs: MapInputs, cells: dict[str, list[int]]) -> dict[str, list[list[float]]]:
+    """Sun and view angles at the middle of each cell for its images, (image, 4) in degrees.
+
+    Cells are as large as those of the products' grids of angles, and the middle is within the grid of the images.
+    """
+    grid, points = inputs.series.grid, []
+    for name in cells:
+        row, column = (inputs.cell * int(number) for number in name.split("_"))
+        last = min(row + inputs.cell, grid.height), min(column + inputs.cell, grid.width)
+        points.append(grid.transform @ ((column + last[1]) / 2, (row + last[0]) / 2))
+    angles = inputs.series.angles(np.array(points))
+    return {name: angles[cells[name], number].tolist() for number, name in enumerate(cells)}
+
+
+def chosen_angles(folder: Path) -> dict[str, list[list[float]]]:
+    """Sun and view angles of each cell's images, (image, 4) in degrees, from dates.json."""
+    angles: dict[str, list[list[float]]] = json.loads((folder / CHOSEN).read_text(encoding="utf-8"))["angles"]
+    return angles
 
 
 def chosen_dates(folder: Path) -> dict[str, list[int]]:

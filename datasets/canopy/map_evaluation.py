@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from datasets.canopy.catalogue import NODATA
 from datasets.canopy.cell_dates import MapInputs
+from datasets.canopy.image_series import day_of_year
 from datasets.canopy.map_reference import MapReference, reference_windows
 from utils import rasters
 from utils.canopy import plots
@@ -91,9 +92,9 @@ def scene_of(inputs: MapInputs, day: int, reference: MapReference, heights: Data
     mask = no_vegetation | np.isnan(predicted) | np.isnan(observed)
     factor = heights.height // inputs.area[2]
     part = inputs.in_images(Window(*(round(number / factor) for number in window.flatten())))
-    nearest = min(inputs.series.images, key=lambda image: abs(image.day_of_year - day))
-    with rasterio.open(nearest.path) as raster:
-        image = raster.read(list(nearest.order), window=part, masked=True).astype(np.float32).filled(np.nan)
+    nearest = min(inputs.series.images, key=lambda image: abs(day_of_year(image) - day))
+    bands = nearest.read(part)
+    image = np.where(bands == NODATA, np.nan, bands).astype(np.float32)
     name = f"row {window.row_off}/column {window.col_off}"
     return Scene(name, image, np.where(mask, 0, observed), np.nan_to_num(predicted), mask, heights.res[0])
 

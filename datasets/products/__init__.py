@@ -4,20 +4,25 @@ Known are ESA's Level-2A SAFE products and those of Theia (MAJA), as folders or 
 collections and APIs; and this project's own dated GeoTIFFs of 10 bands. docs/products.md says what is read of each.
 """
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Sequence
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
 
 from datasets.canopy.catalogue import BANDS, NODATA
-from datasets.products.packages import open_package
+from datasets.products.geotiffs import date_of, is_image, read_images
+from datasets.products.packages import Package, open_package
 from datasets.products.product import CLEAR, CLOUD, MISSING, RESAMPLINGS, WATER, Band, Product
-from datasets.products.safe import is_safe, read_safe
+from datasets.products.safe import date_of_safe, is_safe, read_safe
+from datasets.products.stac import find_items, is_stac
+from datasets.products.theia import date_of_theia, is_theia, read_theia
 from utils.errors import InputError
 
 __all__ = ["BANDS", "CLEAR", "CLOUD", "MISSING", "NODATA", "RESAMPLINGS", "WATER", "Band", "Product", "find_products"]
 
-ARCHIVE = ".zip"
+KINDS = "SAFE or Theia products (folders or zip archives), STAC catalogues or dated GeoTIFFs"
 
 
 def find_products(
@@ -27,71 +32,98 @@ def find_products(
     say: Callable[[str], None] = print,
     *,
     flag: str = "products",
+    bounds: tuple[float, float, float, float] | None = None,
 ) -> list[Product]:
     """Find products and check that each is whole.
 
     Args:
-        products: a folder of products, or a list of them separated by commas or spaces; relative to `folder`.
+        products: a folder of products; products, catalogues or images separated by commas or spaces, relative to `folder`;
+            or addresses of STAC catalogues and APIs, separated by spaces (see `datasets.products.stac`).
         folder: that relative paths count from.
         years: of the products that are used; of all if empty.
-        say: takes lines on what is left out.
+        say: takes lines on what is left out or doubtful.
         flag: what `products` is called by the user, for messages.
+        bounds: west, south, east, north in degrees that items of STAC must touch; an API is asked for them. Of products that
+            are files all are returned, wherever they lie.
 
     Returns:
-        The products in order of date and name.
+        The products in order of date and name; of versions of the same image the one of the latest processing.
 
     Raises:
         InputError: there is nothing to use, or a product is not whole.
     """
-    paths = _paths(products, folder, flag)
-    found = [_read(path) for path in tqdm(paths, "Reading products...", unit="product", leave=False)]
-    used = [product for product in found if not years or product.date.year in years]
-    if not used:
-        there = ", ".join(map(str, sorted({product.date.year for product in found})))
-        raise InputError(f"{flag}={products}: no product is of {', '.join(map(str, sorted(years)))}; there are {there}")
-    return sorted(_latest(used, say), key=lambda product: (product.date, product.name))
+    named = f"{flag}={products}"
+    addresses = products.split() if "://" in products else []
+    paths = [] if addresses else _paths(products, folder, named)
+    found: list[Product] = []
+    there: set[int] = set()
+    dated = [(path, date_of(path)) for path in paths if is_image(path)]
+    packages = [open_package(path) for path in paths if not is_image(path) and not is_stac(path)]
+    dated_packages = [(package, _date_of(package, named)) for package in packages]
+    there |= {day.year for _, day in (*dated, *dated_packages)}
+    found += read_images([path for path, day in dated if _wanted(day, years)], say)
+    used = [package for package, day in dated_packages if _wanted(day, years)]
+    for package in tqdm(used, "Reading products...", unit="product", leave=False, disable=not used):
+        found.append(read_safe(package) if is_safe(package.names) else read_theia(package))
+    for address in (*addresses, *filter(None, map(is_stac, paths))):
+        found += find_items(address, years, say, bounds)
+    if not found:
+        wanted = f"of {', '.join(map(str, sorted(years)))}" if years else "there"
+        others = f"; there are {', '.join(map(str, sorted(there)))}" if there else ""
+        raise InputError(f"{named}: no product is {wanted}{others}")
+    return sorted(_latest(found, say), key=lambda product: (product.date, product.name))
 
 
-def _paths(products: str, folder: Path, flag: str) -> list[Path]:
+def _wanted(day: date, years: Collection[int]) -> bool:
+    return not years or day.year in years
+
+
+def _paths(products: str, folder: Path, named: str) -> list[Path]:
+    """Paths of products, catalogues and images."""
     place = folder / products
-    if place.exists():
-        if _is_product(place):
-            return [place]
-        paths = sorted(path for path in place.iterdir() if not path.name.startswith(".") and _is_product(path))
+    if place.is_dir() and not _is_product(place):
+        paths = sorted(path for path in place.iterdir() if path.name[0] != "." and _is_product(path))
         if not paths:
-            raise InputError(f"{flag}={products}: {place} holds no product")
+            raise InputError(f"{named}: {place} has none of {KINDS}")
         return paths
-    paths = [folder / name for name in products.replace(",", " ").split()]
+    paths = [place] if place.exists() else [folder / name for name in re.split(r"[,\s]+", products) if name]
     for path in paths:
         if not path.exists():
-            raise InputError(f"{flag}={products}: {path} does not exist; a folder or a list of products is expected")
+            raise InputError(f"{named}: {path} does not exist; a folder or a list of {KINDS} is expected")
     return paths
 
 
 def _is_product(path: Path) -> bool:
     if path.is_dir():
-        return path.suffix == ".SAFE" or is_safe(frozenset(child.name for child in path.iterdir()))
-    return path.suffix.lower() == ARCHIVE
+        names = frozenset(child.name for child in path.iterdir())
+        return path.suffix == ".SAFE" or is_safe(names) or is_theia(names) or bool(is_stac(path))
+    return is_image(path) or bool(is_stac(path)) or path.suffix.lower() == ".zip"
 
 
-def _read(path: Path) -> Product:
-    package = open_package(path)
-    if is_safe(package.names) or path.suffix == ".SAFE":
-        return read_safe(package)
-    raise InputError(f"{path} is no product that is known")
+def _date_of(package: Package, named: str) -> date:
+    if is_safe(package.names) or package.path.suffix == ".SAFE":
+        return date_of_safe(package)
+    if is_theia(package.names):
+        return date_of_theia(package)
+    raise InputError(f"{named}: {package.path} is none of {KINDS}")
 
 
-def _latest(products: list[Product], say: Callable[[str], None]) -> list[Product]:
+def _latest(products: Sequence[Product], say: Callable[[str], None]) -> list[Product]:
     """Of products of the same image, those of the latest processing."""
-    latest: dict[tuple[str, ...], str] = {}
+    latest: dict[tuple[object, ...], list[int]] = {}
     for product in products:
-        key = (product.tile, product.sensor, product.sensed)
-        latest[key] = max(latest.get(key, ""), product.baseline)
-    used: list[Product] = []
-    old: list[Product] = []
-    for product in products:
-        later = product.sensed and latest[product.tile, product.sensor, product.sensed] > product.baseline
-        (old if later else used).append(product)
+        key = _image_of(product)
+        latest[key] = max(latest.get(key, []), _version(product))
+    used = [product for product in products if not product.sensed or _version(product) == latest[_image_of(product)]]
+    old = [product.name for product in products if product not in used]
     if old:
-        say(f"Left out, of an earlier processing baseline than another product of the same image: {len(old)}, {old[0].name}")
+        say(f"Left out, of an earlier processing than another product of the same image: {len(old)}, {old[0]} for example")
     return used
+
+
+def _image_of(product: Product) -> tuple[object, ...]:
+    return type(product), product.tile, product.sensor, product.sensed
+
+
+def _version(product: Product) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", product.baseline)]

@@ -1,10 +1,10 @@
 """A year of simulated products of one place, with the files, names and metadata of real ones, but none of their values.
 
 The landscape and what the instrument sees of it are those of `datasets.canopy.demo`: nine of its landscapes side by side,
-4.5 km x 4.5 km in Lambert-93, seen on the grid of a tile in UTM. Products are of all the kinds that are read. Beside them lie
-the true heights of the canopy and the ground below it, from which other instruments can be simulated.
+4.5 km x 4.5 km in Lambert-93, seen on the grid of a tile in UTM. Products are of all the kinds that are read. Beside them
+lie the true heights of the canopy and the ground below it, from which other instruments can be simulated.
 
-    products/                       the products
+    products/                       the products: SAFE, Theia, and a STAC catalogue
     heights.tif                     canopy height in decimetres, 1 m
     ground.tif                      number of the ground's material in `datasets.canopy.demo.GROUND`, 2 m
     SIMULATED.txt                   says that nothing here was measured
@@ -31,6 +31,8 @@ from tqdm import tqdm
 from datasets.canopy import demo as canopy
 from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SIMULATED
 from datasets.products.demo_safe import write_safe
+from datasets.products.demo_stac import write_stac
+from datasets.products.demo_theia import write_theia
 from datasets.products.product import CLEAR, CLOUD, MISSING, WATER
 from utils.errors import InputError
 from utils.rasters import Grid
@@ -42,6 +44,7 @@ CORNER = (639_750, 6_504_250)  # m, easting and northing of the upper-left corne
 LAMBERT_93, UTM = CRS.from_epsg(2154), CRS.from_epsg(32631)
 TILE = "31TDL"
 DATES = 10
+KINDS = 5  # of products: SAFE with an offset, as an archive and as a folder, SAFE without one, Theia, STAC
 FINE = round(PIXEL)  # 1 m pixels along an image pixel
 WATER_SHARE = 0.5  # of a pixel, from which it counts as water
 
@@ -114,8 +117,30 @@ def _simulate(folder: Path, seed: int) -> None:
         surface = _joined([seen.surfaces[index] for seen in landscapes])
         image, states = _observed(surface, water, acquisition, rng)
         moment = date(canopy.YEAR, 1, 1) + timedelta(days=acquisition.day)
-        angles = np.array(acquisition[2:6])
-        write_safe(folder / "products", grid, moment, *_on_tile(image, states, grid), angles, sensor=acquisition.sensor)
+        seen = (*_on_tile(image, states, grid), np.array(acquisition[2:6]))
+        _write_product(folder / "products", index, grid, moment, seen, acquisition.sensor)
+
+
+def _write_product(
+    folder: Path,
+    index: int,
+    grid: Grid,
+    moment: date,
+    seen: tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.float64]],
+    sensor: str,
+) -> None:
+    """Write an image as a product whose kind depends on its number."""
+    kind = index % KINDS
+    if kind == 0:
+        write_safe(folder, grid, moment, *seen, sensor=sensor, zipped=True)
+    elif kind == 1:
+        write_safe(folder, grid, moment, *seen, sensor=sensor, baseline="02.14", offset=None)
+    elif kind == 2:
+        write_theia(folder, grid, moment, *seen, sensor=sensor)
+    elif kind == 3:
+        write_stac(folder / "catalogue", grid, moment, *seen, sensor=sensor)
+    else:
+        write_safe(folder, grid, moment, *seen, sensor=sensor)
 
 
 def _landscapes(acquisitions: list[canopy.Acquisition], seed: int) -> Iterator[Seen]:
@@ -155,7 +180,7 @@ def _observed(
         canopy.cloud_opacity(acquisition, east + away * np.sin(azimuth), north + away * np.cos(azimuth)),
         east > (acquisition.last_easting + canopy.TRACK_SLOPE * (north - CORNER[1] / 1000))[:, None],
     )
-    image = canopy.observe(surface, sky, acquisition, rng)
+    image = canopy.observe(surface.astype(np.float64), sky, acquisition, rng)
     states = np.where(water, WATER, CLEAR)
     states[(sky.cloud > canopy.DETECTED) | (sky.shadow > canopy.DETECTED)] = CLOUD
     states[sky.outside] = MISSING

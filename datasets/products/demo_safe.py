@@ -6,7 +6,7 @@
 import datetime
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -126,7 +126,7 @@ def _write_jp2(path: Path, numbers: NDArray[np.uint8] | NDArray[np.uint16], grid
         raster.write(numbers, 1)
 
 
-def element(name: str, *parts: Element | str | float, **attributes: str) -> Element:
+def element(name: str, /, *parts: Element | str | float, **attributes: str) -> Element:
     """An XML element with a text or with others in it."""
     result = Element(name, attributes)
     for part in parts:
@@ -189,9 +189,8 @@ def _tile_xml(tile_id: str, grid: Grid, angles: NDArray[np.float64]) -> Element:
     code = element("HORIZONTAL_CS_CODE", f"EPSG:{grid.crs.to_epsg()}")
     nodes = angles_at_nodes(angles, grid)
     views = [
-        element("Viewing_Incidence_Angles_Grids", *parts, bandId=str(number), detectorId=detector)
-        for number, band in enumerate(ALL_BANDS)
-        for detector, parts in view_grids(nodes, band).items()
+        element("Viewing_Incidence_Angles_Grids", *parts, bandId=str(ALL_BANDS.index(band)), detectorId=detector)
+        for band, detector, parts in view_grids(nodes, ALL_BANDS)
     ]
     return element(
         "",
@@ -210,16 +209,16 @@ def angles_at_nodes(angles: NDArray[np.float64], grid: Grid) -> NDArray[np.float
     return np.broadcast_to(angles.reshape(4, 1, 1) if angles.ndim == 1 else angles, (4, rows, columns))
 
 
-def view_grids(nodes: NDArray[np.float64], band: str) -> Mapping[str, list[Element]]:
-    """Grids of a band's views by detector, whose mean over bands is that of the nodes."""
-    away = ALL_BANDS.index(band) - (len(ALL_BANDS) - 1) / 2
+def view_grids(nodes: NDArray[np.float64], bands: Sequence[str]) -> Iterator[tuple[str, str, list[Element]]]:
+    """Bands, detectors and grids of their views, whose mean over the bands is that of the nodes."""
     columns = np.arange(nodes.shape[2])
-    result = {}
-    for detector, seen in zip(DETECTORS, (columns <= columns[-1] / 2, columns >= columns[-1] / 2), strict=True):
-        zenith = np.where(seen, nodes[2] + BAND_ZENITH * away, np.nan)
-        azimuth = np.where(seen, (nodes[3] + BAND_AZIMUTH * away) % 360, np.nan)
-        result[detector] = angle_grids(zenith, azimuth)
-    return result
+    seen = (columns <= columns[-1] / 2, columns >= columns[-1] / 2)
+    for number, band in enumerate(bands):
+        away = number - (len(bands) - 1) / 2
+        for detector, part in zip(DETECTORS, seen, strict=True):
+            zenith = np.where(part, nodes[2] + BAND_ZENITH * away, np.nan)
+            azimuth = np.where(part, (nodes[3] + BAND_AZIMUTH * away) % 360, np.nan)
+            yield band, detector, angle_grids(zenith, azimuth)
 
 
 def angle_grids(zenith: NDArray[np.float64], azimuth: NDArray[np.float64]) -> list[Element]:

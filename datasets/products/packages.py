@@ -166,21 +166,22 @@ def _jp2_problem(file: IO[bytes], size: int) -> str:
     """
     if file.read(len(JP2_HEADER)) != JP2_HEADER:
         return "is no JP2 file"
-    position = len(JP2_HEADER)
+    position, has_image = len(JP2_HEADER), False
     while position < size:
         file.seek(position)
         header = file.read(16)
         if len(header) < 8:
             break
         length, kind = struct.unpack(">I4s", header[:8])
+        has_image |= kind == CODESTREAM
         if length == 1 and len(header) == 16:
             (length,) = struct.unpack(">Q", header[8:])
-        if length == 0 and kind == CODESTREAM:
+        elif length == 0:
             file.seek(size - len(END_OF_CODESTREAM))
-            return "" if file.read() == END_OF_CODESTREAM else "is truncated: its image has no end"
+            return "" if kind != CODESTREAM or file.read() == END_OF_CODESTREAM else "is truncated: its image has no end"
         if length < 8 or position + length > size:
             break
-        if kind == CODESTREAM:
-            return ""
         position += length
+    if position == size and has_image:
+        return ""
     return f"is truncated: {size} bytes are there, fewer than it says itself"

@@ -4,9 +4,10 @@ Reflectances are x 10 000 with the product's own offset applied, states say what
 nearest upper-left node of the product's 5 km grid. `datasets.products` finds products; its other modules know one kind each.
 """
 
+import contextlib
 import datetime
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -29,6 +30,15 @@ CLEAR, WATER, CLOUD, MISSING = range(4)
 RESAMPLINGS = ("nearest", "bilinear")
 """How bands of 20 m are brought to 10 m."""
 
+REMOTE = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_CONNECTTIMEOUT": 20,
+    "GDAL_HTTP_TIMEOUT": 120,
+    "GDAL_HTTP_MAX_RETRY": 3,
+    "GDAL_HTTP_RETRY_DELAY": 2,
+}
+"""GDAL's settings for files on other machines: no listing of folders, patience, several tries."""
+
 
 class Band(NamedTuple):
     """Where a band is and what its numbers mean: reflectance x 10 000 = number x gain + add.
@@ -50,7 +60,7 @@ class Band(NamedTuple):
     factor: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Product(ABC):
     """An image of one tile and date; small, hashable, and made to travel between processes.
 
@@ -108,7 +118,7 @@ class Product(ABC):
             bilinear = resampling == "bilinear" and factor > 1
             numbers = [wanted[place].number for place in of_file]
             with open_raster(path, self.name) as raster:
-                values, placed = read_around(raster, self.name, numbers, window, factor, margin=int(bilinear))
+                values, placed = read_around(raster, numbers, window, factor, margin=int(bilinear))
             for place, part in zip(of_file, values, strict=True):
                 reflectance = to_reflectance(part, wanted[place])
                 fine = _bilinear(reflectance, factor) if bilinear else repeated(reflectance, factor)
@@ -139,26 +149,28 @@ class Placed(NamedTuple):
     target: tuple[slice, slice]
 
 
-def open_raster(path: str, product: str) -> DatasetReader:
+@contextlib.contextmanager
+def open_raster(path: str, product: str) -> Iterator[DatasetReader]:
     """Open a file of a product for reading.
 
     Raises:
-        InputError: it cannot be opened.
+        InputError: it cannot be opened, or not be read within the block.
     """
+    remote = rasterio.Env(**REMOTE) if "://" in path else contextlib.nullcontext()
     try:
-        return rasterio.open(path, sharing=False)
+        with remote, rasterio.open(path, sharing=False) as raster:
+            yield raster
     except RasterioError as error:
         raise InputError(f"{path} of {product} cannot be read, it may be missing or truncated: {_line(error)}") from error
 
 
 def read_around(
-    raster: DatasetReader, product: str, numbers: list[int], window: Window, factor: int, margin: int = 0
+    raster: DatasetReader, numbers: list[int], window: Window, factor: int, margin: int = 0
 ) -> tuple[NDArray[Any], Placed]:
     """Numbers of a file that cover a window of 10 m pixels, as far as the file reaches.
 
     Args:
         raster: the file.
-        product: its product's name.
         numbers: of the bands.
         window: of 10 m pixels.
         factor: 10 m pixels along one of the file's.
@@ -166,9 +178,6 @@ def read_around(
 
     Returns:
         What is read, (band, row, column), and which of their pixels, each repeated `factor` x `factor` times, go where.
-
-    Raises:
-        InputError: the file cannot be read.
     """
     axes = []
     for start, length, size in (
@@ -179,10 +188,7 @@ def read_around(
         low, high = max(0, first // factor - margin), min(size, -(-last // factor) + margin)
         axes.append((first, max(first, last), low, max(low, high), start))
     (_, _, top, bottom, _), (_, _, left, right, _) = axes
-    try:
-        values = np.asarray(raster.read(numbers, window=Window(left, top, right - left, bottom - top)))
-    except RasterioError as error:
-        raise InputError(f"{raster.name} of {product} cannot be read, it may be truncated: {_line(error)}") from error
+    values = np.asarray(raster.read(numbers, window=Window(left, top, right - left, bottom - top)))
     source = tuple(slice(first - low * factor, last - low * factor) for first, last, low, _, _ in axes)
     target = tuple(slice(first - start, last - start) for first, last, _, _, start in axes)
     return values, Placed((source[0], source[1]), (target[0], target[1]))
@@ -192,7 +198,7 @@ def read_codes(path: str, product: str, window: Window, factor: int, outside: in
     """Codes of a mask on a window of 10 m pixels, (row, column); `outside` beyond its edges."""
     result = np.full((window.height, window.width), outside, np.uint8)
     with open_raster(path, product) as raster:
-        numbers, inner = read_around(raster, product, [1], window, factor)
+        numbers, inner = read_around(raster, [1], window, factor)
     result[inner.target] = repeated(numbers[0], factor)[inner.source]
     return result
 
@@ -228,26 +234,60 @@ def _bilinear(values: NDArray[np.int16], factor: int) -> NDArray[np.int16]:
     return np.where(known, np.rint(total / np.where(weight > 0, weight, 1)), NODATA).astype(np.int16)
 
 
-def check_grid(raster: DatasetReader, expected: Grid, factor: int, product: str) -> None:
+def check_grid(raster: DatasetReader, expected: Grid, factor: int, reference: str) -> None:
     """Refuse a file of a product that does not lie on its grid.
+
+    Args:
+        raster: the file.
+        expected: grid of 10 m.
+        factor: 10 m pixels along one of the file's.
+        reference: what the grid is known from.
 
     Raises:
         InputError: the coordinate system, the corner, the pixels or the size differ.
     """
-    pixel = factor * PIXEL
-    found = (raster.crs, raster.height * factor, raster.width * factor, *(round(part, 3) for part in raster.transform[:6]))
-    corner = (expected.transform.c, expected.transform.f)
-    wanted = (expected.crs, expected.height, expected.width, pixel, 0, corner[0], 0, -pixel, corner[1])
-    if found != wanted:
-        here = _place(raster.crs, raster.height, raster.width, raster.transform)
-        stated = expected.transform @ Affine.scale(factor)
-        there = _place(expected.crs, expected.height // factor, expected.width // factor, stated)
-        raise InputError(f"{raster.name} has another grid ({here}) than {product} says ({there})")
+    stated = Grid(
+        expected.crs, expected.transform @ Affine.scale(factor), expected.height // factor, expected.width // factor
+    )
+    found = Grid(raster.crs, raster.transform, raster.height, raster.width)
+    if found != stated or (expected.height % factor, expected.width % factor) != (0, 0):
+        here, there = (
+            f"{place_of(grid)} of {grid.transform.a:g} m in {grid.crs.to_string() if grid.crs else 'no coordinate system'}"
+            for grid in (found, stated)
+        )
+        raise InputError(f"{raster.name} has another grid ({here}) than {reference} ({there})")
 
 
-def _place(crs: CRS | None, height: int, width: int, transform: Affine) -> str:
-    system = "no coordinate system" if crs is None else crs.to_string()
-    return f"{height} x {width} pixels of {transform.a:g} m from {transform.c:.0f} {transform.f:.0f} in {system}"
+def grid_of(raster: DatasetReader, path: str) -> Grid:
+    """The grid of a file of 10 m pixels.
+
+    Raises:
+        InputError: it is in degrees, without a coordinate system in metres, not north up or of other pixels.
+    """
+    crs, transform = raster.crs, raster.transform
+    if crs is None or not crs.is_projected or crs.linear_units_factor[1] != 1.0:
+        what = "in degrees" if crs is not None and crs.is_geographic else "without a projected coordinate system in metres"
+        raise InputError(f"{path} is {what}; a grid in metres is expected, such as UTM")
+    if not (transform.a == -transform.e == PIXEL and transform.b == transform.d == 0):
+        raise InputError(f"{path} has pixels of {transform.a:g} x {-transform.e:g} m, not {PIXEL:g} m, north up")
+    return Grid(crs, transform, raster.height, raster.width)
+
+
+def refuse_other_grid(path: str, grid: Grid, reference: str, expected: Grid) -> None:
+    """Refuse a file whose grid is not that of another.
+
+    Raises:
+        InputError: it has another coordinate system, place or size.
+    """
+    if grid.crs != expected.crs:
+        raise InputError(f"{path} is in {grid.crs.to_string()}, but {reference} in {expected.crs.to_string()}")
+    if grid != expected:
+        raise InputError(f"{path} has another grid ({place_of(grid)}) than {reference} ({place_of(expected)})")
+
+
+def place_of(grid: Grid) -> str:
+    """Size and corner of a grid, in words."""
+    return f"{grid.height} x {grid.width} pixels from {grid.transform.c:.0f} {grid.transform.f:.0f}"
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,7 @@ Numbers of bands in the XML (`band_id`) are explained by the same XML (`Spectral
 """
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
@@ -72,7 +72,7 @@ class Header(NamedTuple):
     images: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SafeProduct(Product):
     """A SAFE product.
 
@@ -81,13 +81,15 @@ class SafeProduct(Product):
         tile_xml: name of MTD_TL.xml in the product.
     """
 
-    classes: str = ""
-    tile_xml: str = ""
+    classes: str
+    tile_xml: str
 
-    def states(self, window: Window) -> NDArray[np.uint8]:  # noqa: D102
+    def states(self, window: Window) -> NDArray[np.uint8]:
+        """As `Product` says."""
         return STATES_OF_CLASSES[read_codes(self.classes, self.name, window, 2, 0)]
 
-    def angles(self, points: NDArray[np.float64], crs: CRS) -> NDArray[np.float64]:  # noqa: D102
+    def angles(self, points: NDArray[np.float64], crs: CRS) -> NDArray[np.float64]:
+        """As `Product` says."""
         return read_angles(Path(self.path), self.tile_xml).at(points, crs)
 
 
@@ -96,17 +98,22 @@ def is_safe(names: frozenset[str]) -> bool:
     return any(name in ("manifest.safe", PRODUCT_XML, "MTD_MSIL1C.xml") for name in names)
 
 
+def date_of_safe(package: Package) -> date:
+    """When a product was sensed.
+
+    Raises:
+        InputError: it is of another level, or its XML cannot be read.
+    """
+    return _header(package).sensed.date()
+
+
 def read_safe(package: Package) -> Product:
     """A product, checked to be whole.
 
     Raises:
         InputError: it is of another level, or something is missing, truncated or of another grid.
     """
-    if PRODUCT_XML not in package.names:
-        level = " but MTD_MSIL1C.xml: it is of Level-1C, Level-2A is expected" if "MTD_MSIL1C.xml" in package.names else ""
-        raise InputError(f"{package.path} has no {PRODUCT_XML}{level}")
-    path = str(package.path / PRODUCT_XML)
-    header = read_header(package.xml(PRODUCT_XML, "Level-2A_User_Product"), path)
+    header = _header(package)
     tile_xml = package.one(f"/{TILE_XML}", "metadata of a tile")
     tile_path = str(package.path / tile_xml)
     root = package.xml(tile_xml, "Level-2A_Tile_ID")
@@ -117,7 +124,8 @@ def read_safe(package: Package) -> Product:
     for band in BANDS:
         factor = 1 if band in FINE_BANDS else 2
         image = _image(package, header.images, f"{_two_digits(band)}_{10 * factor}m")
-        block = max(block, _check_image(package, image, grid, factor)) if factor == 1 else block
+        rows = _check_image(package, image, grid, factor)
+        block = max(block, rows) if factor == 1 else block
         gain = UNIT / header.quantification
         bands.append(Band(package.gdal(image), 1, gain, gain * header.offsets.get(band, 0.0), NODATA_NUMBER, factor))
     classes = _image(package, header.images, "SCL_20m")
@@ -138,6 +146,13 @@ def read_safe(package: Package) -> Product:
         classes=package.gdal(classes),
         tile_xml=tile_xml,
     )
+
+
+def _header(package: Package) -> Header:
+    if PRODUCT_XML not in package.names:
+        level = " but MTD_MSIL1C.xml: it is of Level-1C, Level-2A is expected" if "MTD_MSIL1C.xml" in package.names else ""
+        raise InputError(f"{package.path} has no {PRODUCT_XML}{level}")
+    return read_header(package.xml(PRODUCT_XML, "Level-2A_User_Product"), str(package.path / PRODUCT_XML))
 
 
 def read_header(root: Element, path: str) -> Header:
@@ -222,5 +237,5 @@ def _check_image(package: Package, name: str, grid: Grid, factor: int) -> int:
     """Refuse an image that is not whole or of another grid; the rows of its blocks."""
     package.check_jp2(name)
     with open_raster(package.gdal(name), package.path.name) as raster:
-        check_grid(raster, grid, factor, TILE_XML)
+        check_grid(raster, grid, factor, f"{TILE_XML} says")
         return int(raster.block_shapes[0][0])
