@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import shapely
 import torch
 
 from datasets.place_series.bands import REFLECTANCE, Channels, choose_channels
@@ -258,7 +259,7 @@ def products_of(flags: Mapping[str, Any], rules: Rules) -> tuple[list[Tile], Cha
     years = numbers_of(flags["years"])
     # A season may begin in the year before, and reach beyond its ends.
     calendar = {year + more for year in years for more in (-1, 0, 1)}
-    products = find_products(flags["products"], called_from(), calendar, say)
+    products = find_products(flags["products"], called_from(), calendar, say, bounds=bounds_of(flags))
     years = years or years_of(products, rules)
     tiles = tiles_of(products, rules, years)
     if not tiles:
@@ -270,6 +271,15 @@ def products_of(flags: Mapping[str, Any], rules: Rules) -> tuple[list[Tile], Cha
     count, names = sum(len(tile.products) for tile in tiles), ", ".join(tile.name for tile in tiles)
     say(f"Products: {count} of {names}, years {years[0]} to {years[-1]}")
     return tiles, channels, years
+
+
+def bounds_of(flags: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """West, south, east, north of the places in degrees, which a catalogue on the web is asked for; None for files."""
+    if "://" not in flags["products"] or flags["places"] == NONE:
+        return None
+    places = read_places(called_from() / flags["places"], flags["plot_column"], flags["year_column"], flags["crs"])
+    west, south, east, north = (float(one) for one in shapely.total_bounds(places.on("EPSG:4326")))
+    return west, south, east, north
 
 
 def from_products(
