@@ -128,6 +128,31 @@ def simulate_table(seed: int = 2024) -> pd.DataFrame:
     return pd.concat([keys, study_vars, pd.DataFrame(series.reshape(len(rows), -1), columns=names)], axis=1)
 
 
+def simulate_season(year: int, seed: int = 2024) -> tuple[pd.DataFrame, Ints, Floats]:
+    """Simulate what lies behind the table of a year: reflectance without clouds and noise.
+
+    Args:
+        year: one of `YEARS`.
+        seed: of every random number.
+
+    Returns:
+        A row for each plot of the year with `ep`, `explo` and the study variables; (date,) days of the year; and (row, date,
+        band) surface reflectance x 10 000 of `BANDS` on them.
+    """
+    rng = np.random.default_rng(seed)
+    rows = _survey(_draw_plots(rng), rng)
+    moisture, cuts = _moisture(rows, rng), _cut_days(rows, rng)
+    green, brown = _grow(rows, moisture, cuts, rng)
+    diversity = pd.DataFrame(_diversity(rows, green, cuts, rng), columns=list(STUDY_VARIABLES))
+    plots = pd.concat([rows[["ep", "explo"]], diversity], axis=1)
+    own = (rows["year"] == year).to_numpy()
+    return (
+        plots[own].reset_index(drop=True),
+        DAYS[::REVISIT].astype(np.int64),
+        _reflectance(rows, green, brown, moisture)[own],
+    )
+
+
 def _draw_plots(rng: np.random.Generator) -> pd.DataFrame:
     """Draw site and management of the 150 plots: one row a plot."""
     observatory = np.repeat(np.arange(len(OBSERVATORIES)), PLOTS_PER_OBSERVATORY)

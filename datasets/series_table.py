@@ -14,7 +14,7 @@ import csv
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -334,15 +334,7 @@ def _find_columns(
     """
     rows = table.rows
     taken = {*roles.values(), *covariates, study_var}
-    found: dict[tuple[str, int], str] = {}
-    for column in rows.columns:
-        may_be = column not in taken and (is_numeric(rows[column]) or rows[column].isna().all())
-        if may_be and (match := PREDICTOR.fullmatch(column)):
-            place = (match[1], int(match[2]))
-            if place in found:
-                raise InputError(f"{table.name}: the columns {found[place]!r} and {column!r} are the same band and step")
-            found[place] = column
-    found = _without_strays(found)
+    found = predictors_among(rows, taken, table.name)
     present = tuple(dict.fromkeys(band for band, _ in found))
     present_steps = tuple(sorted({step for _, step in found}))
     for name in covariates:
@@ -409,6 +401,28 @@ def _find_columns(
         covariates=tuple(covariates),
         ignored=ignored,
     )
+
+
+def predictors_among(rows: pd.DataFrame, taken: Collection[str | None], name: str = "") -> dict[tuple[str, int], str]:
+    """The columns that are the predictors of a table, by band and step.
+
+    Args:
+        rows: of the table.
+        taken: columns that have another role.
+        name: of the table, for messages.
+
+    Raises:
+        InputError: two columns are the same band and step.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for column in rows.columns:
+        may_be = column not in taken and (is_numeric(rows[column]) or rows[column].isna().all())
+        if may_be and (match := PREDICTOR.fullmatch(column)):
+            place = (match[1], int(match[2]))
+            if place in found:
+                raise InputError(f"{name}: the columns {found[place]!r} and {column!r} are the same band and step")
+            found[place] = column
+    return _without_strays(found)
 
 
 def _without_strays(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:

@@ -145,6 +145,15 @@ def run_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return _in_process("predict", tmp_path / "predict", monkeypatch, capsys, afresh=False)
 
 
+@pytest.fixture
+def run_series_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run series_inputs.py in this process, alone unless the test says otherwise."""
+    run = _in_process("series_inputs", tmp_path, monkeypatch, capsys)
+    return lambda *flags: run(*([] if any(flag.startswith("workers=") for flag in flags) else ["workers=1"]), *flags)
+
+
 @pytest.fixture(scope="session")
 def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root of few simulated squares: one tile, two for training, one each for validation and test."""
