@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
@@ -20,6 +21,7 @@ from utils.rasters import Grid
 from utils.runs import whole_file
 
 STRIP = 256  # rows of a strip at least
+GDAL_CACHE = 64  # MB: blocks are read once, and GDAL would keep 5 % of the memory in each worker
 
 
 class ImageSeries(NamedTuple):
@@ -197,7 +199,8 @@ class SeriesReader:
     def _read_strip(self, kind: str, number: int, strip: int) -> NDArray[Any]:
         image, top = self.series.images[number], strip * self.series.strip
         window = Window(self.first, top, self.columns, min(self.series.strip, self.series.grid.height - top))
-        return image.read(window, resampling=self.series.resampling) if kind == "bands" else image.states(window)
+        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE):
+            return image.read(window, resampling=self.series.resampling) if kind == "bands" else image.states(window)
 
 
 def grown(window: Window, by: int) -> Window:
