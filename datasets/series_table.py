@@ -16,7 +16,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from datasets import published_grassland
 from datasets.demo_table import simulate_table
+from datasets.plot_context import Context, context_of, names_of_groups
 from utils.errors import InputError
 
 SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory", "split_by_year")
@@ -113,11 +114,21 @@ class Inputs(NamedTuple):
         x: (sample, band, step) float32, standardised.
         covariates: (sample, channel) float32, standardised numbers and a channel of 0 and 1 for each category.
         record: all that is needed to prepare other rows in the same way.
+        context: their surroundings in the table; None where there is no table, in a map.
     """
 
     x: NDArray[np.float32]
     covariates: NDArray[np.float32]
     record: dict[str, Any]
+    context: Context | None = None
+
+    def of_rows(self, ids: NDArray[np.int64] | slice) -> Self:
+        """The inputs of some samples."""
+        context = self.context
+        if context is not None:
+            groups = {role: positions[ids] for role, positions in context.groups.items()}
+            context = Context(context.x[ids], context.covariates[ids], groups)
+        return self._replace(x=self.x[ids], covariates=self.covariates[ids], context=context)
 
 
 def demo_table() -> Table:
@@ -588,10 +599,11 @@ def warnings_about(samples: Samples) -> list[str]:
     return sentences
 
 
-def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> list[Split]:
+def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS, fold_seed: int | None = None) -> list[Split]:
     """Cross-validation folds.
 
-    `split_by_plot` is a GroupKFold over the plots; `split_by_observatory` tests on each region in turn, in order of first
+    `split_by_plot` is a GroupKFold over the plots, which sorts them by their number of rows, as published, or with a
+    `fold_seed` deals them out at random; `split_by_observatory` tests on each region in turn, in order of first
     appearance, and `split_by_year` on each year. The validation part is a fifth of the training plots,
     drawn from the seed. No plot is on two sides of a fold, except in the training and test parts of `split_by_year`, which
     tests the same plots in another year.
@@ -606,7 +618,8 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
             raise InputError(
                 f"plots in the table: {len(np.unique(plots))}; split_by_plot with folds={folds} needs at least {folds}"
             )
-        outer = list(GroupKFold(folds).split(ids, groups=plots))
+        grouping = GroupKFold(folds, shuffle=fold_seed is not None, random_state=fold_seed)
+        outer = list(grouping.split(ids, groups=plots))
     else:
         role = "year" if procedure == "split_by_year" else "region"
         if role not in samples.keys:
@@ -664,7 +677,8 @@ def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
         covariates.append({"name": name, "categories": categories, "categories_in_training": trained})
     joined = np.concatenate(channels, axis=1) if channels else np.empty((len(flat), 0))
     training = samples.x[train]
-    record = {
+    groups = names_of_groups(samples.keys if samples.columns.plot else samples.keys.drop(columns="plot"))
+    record: dict[str, Any] = {
         "bands": samples.columns.bands,
         "steps": samples.columns.steps,
         "study_var": samples.columns.target,
@@ -676,8 +690,11 @@ def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
             for index, band in enumerate(samples.columns.bands)
         },
         "covariates": covariates,
+        "groups": {role: sorted(set(names) - {""}) for role, names in groups.items()},
+        "groups_in_training": {role: sorted(set(names[train]) - {""}) for role, names in groups.items()},
     }
-    return Inputs(scaled, joined.astype(np.float32), record)
+    coded = joined.astype(np.float32)
+    return Inputs(scaled, coded, record, context_of(scaled, coded, groups, record["groups"]))
 
 
 def channels(inputs: Inputs) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from models.additive_gaussian_process import AdditiveGaussianProcess
 from models.bilstm import BiLSTM
 from models.classical import Estimator, GaussianProcess, Ridge, Rocket
 from models.fcn import FCN
@@ -38,7 +39,12 @@ NETWORKS: dict[str, type[nn.Module]] = {
 }
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {"Rocket": Rocket, "Ridge": Ridge, "GaussianProcess": GaussianProcess}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "Rocket": Rocket,
+    "Ridge": Ridge,
+    "GaussianProcess": GaussianProcess,
+    "AdditiveGaussianProcess": AdditiveGaussianProcess,
+}
 
 
 class ModelFlag(NamedTuple):
@@ -82,6 +88,11 @@ def model_flags() -> dict[str, ModelFlag]:
         else:
             flags[name] = ModelFlag(_auto_or_parsed_by_model, "auto", f"{models}: {text}; auto: the architecture's own")
     return flags
+
+
+def knows_plots(flags: Mapping[str, Any]) -> bool:
+    """Whether the model of a run reads the surroundings of a row in its table: its plot's other years, region and year."""
+    return flags["model"] == "AdditiveGaussianProcess"
 
 
 def _auto_or_parsed_by_model(text: str) -> Any:

@@ -156,6 +156,11 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "auto" else parse(text)
 
 
+def none_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The word none, or what `parse` accepts."""
+    return lambda text: text if text == "none" else parse(text)
+
+
 def assignment(name: str, value: Any) -> str:
     """`name=value` as a user types it after `guild run`."""
     if isinstance(value, bool):

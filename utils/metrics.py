@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import linregress
+from scipy.stats import linregress, norm
 from sklearn.metrics import root_mean_squared_error
+
+INTERVAL = 0.9  # share of observations that an interval is to cover
 
 
 class Scores(NamedTuple):
@@ -39,3 +41,10 @@ def score(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> Scor
     rmses = root_mean_squared_error(observed, line.intercept + line.slope * observed)
     rmseu = np.sqrt(max(rmse**2 - rmses**2, 0.0))
     return Scores(float(r2), float(rmse / abs(observed.mean())), float(rmses), float(rmseu))
+
+
+def coverage(
+    observed: NDArray[np.float64], predicted: NDArray[np.float64], sd: NDArray[np.float64], level: float = INTERVAL
+) -> float:
+    """Share of observations (sample,) in the central intervals of normal distributions with the given mean and deviation."""
+    return float((np.abs(observed - predicted) <= norm.ppf((1 + level) / 2) * sd).mean())
