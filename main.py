@@ -55,8 +55,25 @@ from utils.training_processes import training_processes
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
 MIN_PREDICTION_STD_RATIO = 0.01  # of the observations' standard deviation; below it, predictions hardly tell plots apart
-CLASSICAL_IDLE = {"batch_size", "epochs", "warmup_epochs", "precision", "scale_target"}  # without effect on those models
-IN_LABEL = ("dataset", "covariates", "split_procedure", "fold_seed", "ensemble_count", "precision", "lr", "epochs")
+CLASSICAL_IDLE = {
+    "batch_size",
+    "epochs",
+    "warmup_epochs",
+    "plot_context",
+    "precision",
+    "scale_target",
+}  # without effect on those models
+IN_LABEL = (
+    "dataset",
+    "covariates",
+    "split_procedure",
+    "fold_seed",
+    "plot_context",
+    "ensemble_count",
+    "precision",
+    "lr",
+    "epochs",
+)
 
 parser = FlagParser(prog="main.py", description=__doc__)
 flag = parser.flag
@@ -77,6 +94,7 @@ flag("model", one_of(*NETWORKS, *ESTIMATORS), "ResNet18T", f"architecture: {', '
 flag("nodata", real_list, "none", "numbers that stand for missing values, separated by spaces or commas, or none")
 flag("original_training", yes_no, "no", "ResNet18T, InceptionTime: yes/no, train as in their own papers, not as in ResNeTS")
 flag("plot_column", str, published.PLOT, "column that tells plots apart, or none: each row is a plot")
+flag("plot_context", yes_no, "no", "networks: yes/no, see a plot's mean series over its years, and its region and year")
 flag("precision", one_of("32", "bf16"), "32", "32, or bf16: PyTorch's autocast, weights and losses in float32")
 flag("region_column", str, published.REGION, "column of the observatory or region; may be absent")
 flag(
@@ -195,7 +213,11 @@ class Run:
         self.splits = series_table.split(self.samples, flags["split_procedure"], flags["seed"], flags["folds"], fold_seed)
         self.inputs = [series_table.standardise(self.samples, fold.train) for fold in self.splits]
         self.folds = [FoldRecord(number) for number in range(1, len(self.splits) + 1)]
-        self.shape = (len(self.samples.columns.bands) + self.inputs[0].covariates.shape[1], len(self.samples.columns.steps))
+        context = flags["plot_context"] and flags["model"] in NETWORKS
+        if context and not self.inputs[0].record["groups"]:
+            raise InputError(f"plot_context=yes: {table.name} has neither plots with a name, nor regions, nor years")
+        self.channels = partial(series_table.channels, plot_context=context)
+        self.shape = (series_table.channel_count(self.inputs[0].record, context), len(self.samples.columns.steps))
         self.make_network = partial(make_network, flags["model"], *self.shape, flags)  # takes the seed of its weights
         if flags["model"] in NETWORKS:
             self.make_network()  # refuses flags that do not fit the table before anything is written
@@ -291,7 +313,7 @@ def train_networks(run: Run, scheduler: str) -> None:
     y = torch.from_numpy(run.samples.y.astype(np.float32))
     data: dict[int, FoldData] = {}
     for fold in run.unfinished():
-        x, ids = torch.from_numpy(series_table.channels(run.inputs[fold.number - 1])), run.splits[fold.number - 1]
+        x, ids = torch.from_numpy(run.channels(run.inputs[fold.number - 1])), run.splits[fold.number - 1]
         train_y = (y[ids.train] - fold.target_offset) / fold.target_factor
         parts = (x[ids.train], train_y, x[ids.validation], y[ids.validation])
         data[fold.number] = FoldData(*(part.to(device) for part in parts))
@@ -317,7 +339,7 @@ def train_networks(run: Run, scheduler: str) -> None:
 def test_fold(run: Run, training: Training, fold: FoldRecord) -> None:
     """Test a fold's best ensemble and keep it."""
     started = time.perf_counter()
-    x = series_table.channels(run.inputs[fold.number - 1])[run.splits[fold.number - 1].test]
+    x = run.channels(run.inputs[fold.number - 1])[run.splits[fold.number - 1].test]
     predictions: list[Tensor] = []
     tensors: dict[str, Tensor] = {}
     for member, weights in enumerate(fold.best, start=1):

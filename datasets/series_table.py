@@ -14,7 +14,7 @@ import csv
 import functools
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -697,7 +697,34 @@ def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
     return Inputs(scaled, coded, record, context_of(scaled, coded, groups, record["groups"]))
 
 
-def channels(inputs: Inputs) -> NDArray[np.float32]:
-    """Input of a network, (sample, channel, step): the bands, then each covariate as a channel that is constant in time."""
-    constant = np.broadcast_to(inputs.covariates[:, :, None], (*inputs.covariates.shape, inputs.x.shape[2]))
-    return np.concatenate([inputs.x, constant], axis=1)
+def channels(inputs: Inputs, plot_context: bool = False) -> NDArray[np.float32]:
+    """Input of a network, (sample, channel, step): the bands, then each covariate as a channel that is constant in time.
+
+    With `plot_context`, the mean series over the years of the sample's plot follow the bands, and its region and year the
+    covariates, coded as 0 and 1; of a region or year that is not in training, as all 0.
+    """
+    series, constant = [inputs.x], [inputs.covariates]
+    if plot_context:
+        assert inputs.context is not None
+        if "plot" in inputs.record["groups"]:
+            series.append(inputs.context.x)
+        for role in context_covariates(inputs.record):
+            names = inputs.record["groups"][role]
+            known = np.isin(names, inputs.record["groups_in_training"][role])
+            constant.append(((inputs.context.groups[role][:, None] == np.arange(len(names))) & known).astype(np.float32))
+    joined = np.concatenate(constant, axis=1)
+    return np.concatenate([*series, np.broadcast_to(joined[:, :, None], (*joined.shape, inputs.x.shape[2]))], axis=1)
+
+
+def channel_count(record: Mapping[str, Any], plot_context: bool) -> int:
+    """The number of channels that `channels` makes, from what `standardise` recorded."""
+    count = len(record["bands"]) + sum(len(one.get("categories", [0])) for one in record["covariates"])
+    if plot_context:
+        count += len(record["bands"]) * ("plot" in record["groups"])
+        count += sum(len(record["groups"][role]) for role in context_covariates(record))
+    return count
+
+
+def context_covariates(record: Mapping[str, Any]) -> list[str]:
+    """Those of region and year that the table has."""
+    return [role for role in ("region", "year") if role in record["groups"]]

@@ -92,7 +92,7 @@ def model_flags() -> dict[str, ModelFlag]:
 
 def knows_plots(flags: Mapping[str, Any]) -> bool:
     """Whether the model of a run reads the surroundings of a row in its table: its plot's other years, region and year."""
-    return flags["model"] == "AdditiveGaussianProcess"
+    return flags["model"] == "AdditiveGaussianProcess" or (flags["model"] in NETWORKS and flags.get("plot_context", False))
 
 
 def _auto_or_parsed_by_model(text: str) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from datasets.finished_run import Covariates, Trained, scale_like
 from datasets.plot_context import Names
-from datasets.series_table import Inputs, channels
+from datasets.series_table import Inputs, channel_count, channels
 from models import ESTIMATORS, NETWORKS, make_network
 from models.additive_gaussian_process import AdditiveGaussianProcess
 from models.classical import Estimator
@@ -98,7 +98,7 @@ def read_models(path: Path) -> tuple[dict[str, Any], list[nn.Module | Estimator]
             if model in ESTIMATORS:
                 models.append(ESTIMATORS[model].from_tensors({name: tensor.numpy() for name, tensor in own.items()}))
                 continue
-            inputs = len(record["bands"]) + sum(len(one.get("categories", [0])) for one in record["covariates"])
+            inputs = channel_count(record, flags.get("plot_context", False))
             network = make_network(model, inputs, len(record["steps"]), flags)
             network.load_state_dict(own)
         except (RuntimeError, KeyError, TypeError) as error:
@@ -117,7 +117,8 @@ def _estimate(estimator: Estimator, inputs: Inputs) -> NDArray[np.float64]:
 def _predict(
     network: nn.Module, precision: str, device: torch.device, offset: float, factor: float, inputs: Inputs
 ) -> NDArray[np.float64]:
-    x = torch.from_numpy(channels(inputs)).to(device)
+    plot_context = inputs.record["flags"].get("plot_context", False)
+    x = torch.from_numpy(channels(inputs, plot_context)).to(device)
     return (forward(network, x, precision) * factor + offset).cpu().double().numpy()
 
 

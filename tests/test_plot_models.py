@@ -15,9 +15,20 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 import export
 import main
+from benchmarks.plot_models import permute_plots, predictions_of, r2_of
 from datasets.finished_run import read_trained, rows_like
 from datasets.plot_context import context_of, mean_over_plots, names_of_groups, rows_of_plots
-from datasets.series_table import Inputs, Samples, demo_table, prepare, read_table, split
+from datasets.series_table import (
+    Inputs,
+    Samples,
+    channel_count,
+    channels,
+    demo_table,
+    prepare,
+    read_table,
+    split,
+    standardise,
+)
 from models.additive_gaussian_process import GROUPS, SERIES, AdditiveGaussianProcess
 from models.saved import load_folds, predict_fold, predictive_sd
 from utils.errors import InputError
@@ -252,3 +263,59 @@ def test_the_real_tables_floor(run_main: Callable[..., Ended], real_table: Path)
     assert done.returncode == 0, done.stderr
     summary = json.loads(Path("metrics.json").read_text())["summary"]
     assert summary["r2_mean"] > 0.67 and 0.85 < summary["coverage_mean"] < 0.95
+
+
+NETWORK = ("model=MLP", "epochs=2", "warmup_epochs=1", "plot_context=yes", *OWN)
+
+
+@pytest.fixture(scope="module")
+def network(finished: Path) -> Path:
+    """The folder of a short run of a network that sees plots, on the same table."""
+    run_in(finished.parent / "network", main, f"dataset={finished.parent / 'own.csv'}", *NETWORK)
+    return finished.parent / "network"
+
+
+def test_networks_see_the_plots_mean_series_and_its_region_and_year(finished: Path) -> None:
+    samples = prepare(read_table(finished.parent / "own.csv"), "biomass", plot_column="site")
+    train = np.flatnonzero(samples.keys["year"] != 2019)
+    inputs = standardise(samples, train)
+    x = channels(inputs, plot_context=True)
+    assert x.shape[1] == channel_count(inputs.record, True) == 2 + 2 + 3 + 3
+    np.testing.assert_array_equal(x[:, :2], inputs.x)
+    for row, plot in ((0, [0, 1, 2]), (31, [30, 31, 32])):
+        np.testing.assert_allclose(x[row, 2:4], inputs.x[plot].mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(x[:, 4:7, 1], samples.keys["region"].to_numpy()[:, None] == ["north", "south", "west"])
+    # 2019 is not in training: its channel is 0 throughout.
+    np.testing.assert_array_equal(x[:, 7:, 0], samples.keys["year"].to_numpy()[:, None] == [2017, 2018, 0])
+    assert channels(inputs).shape[1] == channel_count(inputs.record, False) == 2
+
+
+def test_a_network_that_sees_plots_is_applied_to_tables_alone(
+    network: Path, run_predict: Callable[..., Ended], tmp_path: Path
+) -> None:
+    trained = read_trained(network)
+    rows = rows_like(read_table(network.parent / "own.csv"), trained, [])
+    kept = pd.read_csv(network / "predictions.csv").set_index("key").sort_index()
+    predicted = np.stack([predict_fold(one, rows.x, {}, rows.names)[0] for one in load_folds(network, torch.device("cpu"))])
+    own = predicted[kept["fold"].to_numpy() - 1, np.arange(len(kept))]
+    np.testing.assert_allclose(own, kept["predicted"], rtol=1e-5)
+    (tmp_path / "stack.tif").touch()
+    done = run_predict(f"run={network}", f"input={tmp_path / 'stack.tif'}")
+    assert done.returncode == 2 and "it predicts the rows of a table, not rasters" in done.stderr
+    with pytest.raises(InputError, match="has no ONNX form here"):
+        run_in(tmp_path / "export", export, f"run={network}")
+
+
+def test_plot_context_needs_something_to_see(run_main: Callable[..., Ended], finished: Path) -> None:
+    nothing = ("plot_column=none", "year_column=none", "region_column=none")
+    done = run_main(f"dataset={finished.parent / 'own.csv'}", *NETWORK, *nothing)
+    assert done.returncode == 2 and "own.csv has neither plots with a name, nor regions, nor years" in done.stderr
+
+
+def test_without_a_relation_to_the_targets_nothing_is_explained(finished: Path) -> None:
+    samples = prepare(read_table(finished.parent / "own.csv"), "biomass", plot_column="site")
+    permuted = permute_plots(samples, seed=1)
+    np.testing.assert_allclose(np.sort(permuted.y.reshape(30, 3).mean(1)), np.sort(samples.y.reshape(30, 3).mean(1)))
+    np.testing.assert_allclose(np.diff(permuted.y.reshape(30, 3)), np.diff(samples.y.reshape(30, 3)))
+    rows = pd.concat(predictions_of(permuted, "split_by_plot", 42, -1, "AdditiveGaussianProcess"))
+    assert r2_of(rows) < 0.2 < 0.5 < r2_of(pd.read_csv(finished / "predictions.csv"))

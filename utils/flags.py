@@ -198,7 +198,8 @@ class FlagParser(argparse.ArgumentParser):
     def changed(self, flags: dict[str, Any], names: Sequence[str]) -> list[str]:
         """`name value` for each of the named flags that is not at its default."""
         defaults = self.parse_flags([])
-        return [f"{name} {flags[name]}" for name in names if flags[name] != defaults[name]]
+        changed = {name: flags[name] for name in names if flags[name] != defaults[name]}
+        return [f"{name} {('no', 'yes')[value] if isinstance(value, bool) else value}" for name, value in changed.items()]
 
     def _joined(self, arguments: Sequence[str]) -> list[str]:
         """Join each flag and its value into one argument: on its own, a value like -9999,0 would be taken for a flag."""
