@@ -25,9 +25,11 @@ from tqdm import tqdm
 from datasets import published_grassland as published
 from datasets import series_table
 from datasets.finished_run import SAMPLES, write_samples
+from datasets.model_inputs import channel_count, channels, standardise
 from datasets.series_table import FOLDS, SPLIT_PROCEDURES, Table, listed
 from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags, settings_of
 from models.additive_gaussian_process import AdditiveGaussianProcess
+from models.plot_ensemble import Blend
 from utils import plots, runs
 from utils.errors import InputError
 from utils.flags import (
@@ -46,7 +48,7 @@ from utils.flags import (
     yes_no,
 )
 from utils.folds import FoldRecord, epochs_done, train_folds
-from utils.metrics import INTERVAL, Scores, coverage, score
+from utils.metrics import INTERVAL, Scores, coverage, doubt_about, score
 from utils.recipes import OPTIMIZER_FLAGS, flags_in_use, recipe_for
 from utils.runs import CHECKPOINT, say
 from utils.seeds import ESTIMATOR_MEMBERS, seed_for
@@ -54,7 +56,6 @@ from utils.training import FoldData, Training, initial_state, predict
 from utils.training_processes import training_processes
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
-MIN_PREDICTION_STD_RATIO = 0.01  # of the observations' standard deviation; below it, predictions hardly tell plots apart
 CLASSICAL_IDLE = {
     "batch_size",
     "epochs",
@@ -158,6 +159,7 @@ def resolve_auto_flags(flags: dict[str, Any]) -> None:
     for name in OPTIMIZER_FLAGS:
         if flags[name] is None:
             flags[name] = options.get(name, "auto")
+    flags["plot_context"] = flags["plot_context"] or flags["model"] == "PlotEnsemble"
 
 
 def report_flags_without_effect(flags: dict[str, Any]) -> None:
@@ -211,13 +213,13 @@ class Run:
         )
         fold_seed = None if flags["fold_seed"] == "none" else flags["fold_seed"]
         self.splits = series_table.split(self.samples, flags["split_procedure"], flags["seed"], flags["folds"], fold_seed)
-        self.inputs = [series_table.standardise(self.samples, fold.train) for fold in self.splits]
+        self.inputs = [standardise(self.samples, fold.train) for fold in self.splits]
         self.folds = [FoldRecord(number) for number in range(1, len(self.splits) + 1)]
         context = flags["plot_context"] and flags["model"] in NETWORKS
         if context and not self.inputs[0].record["groups"]:
             raise InputError(f"plot_context=yes: {table.name} has neither plots with a name, nor regions, nor years")
-        self.channels = partial(series_table.channels, plot_context=context)
-        self.shape = (series_table.channel_count(self.inputs[0].record, context), len(self.samples.columns.steps))
+        self.channels = partial(channels, plot_context=context)
+        self.shape = (channel_count(self.inputs[0].record, context), len(self.samples.columns.steps))
         self.make_network = partial(make_network, flags["model"], *self.shape, flags)  # takes the seed of its weights
         if flags["model"] in NETWORKS:
             self.make_network()  # refuses flags that do not fit the table before anything is written
@@ -339,17 +341,30 @@ def train_networks(run: Run, scheduler: str) -> None:
 def test_fold(run: Run, training: Training, fold: FoldRecord) -> None:
     """Test a fold's best ensemble and keep it."""
     started = time.perf_counter()
-    x = run.channels(run.inputs[fold.number - 1])[run.splits[fold.number - 1].test]
-    predictions: list[Tensor] = []
-    tensors: dict[str, Tensor] = {}
-    for member, weights in enumerate(fold.best, start=1):
+    ids, inputs = run.splits[fold.number - 1], run.inputs[fold.number - 1]
+    predictions = predict_best(run, training, fold, ids.test)
+    members = enumerate(fold.best, start=1)
+    tensors = {f"member_{number}.{name}": tensor for number, best in members for name, tensor in best.items()}
+    if run.flags["model"] == "PlotEnsemble":
+        validation = predict_best(run, training, fold, ids.validation).double().mean(0).numpy()
+        blend = Blend.fit(inputs, run.samples.y.astype(np.float32), ids, validation)
+        say(f"Fold {fold.number}/{len(run.folds)}: weight of the additive Gaussian process {blend.weight:.2f}")
+        blended = blend.predict(inputs.of_rows(ids.test), predictions.double().numpy())
+        predictions = torch.from_numpy(blended.astype(np.float32))
+        tensors |= {name: torch.from_numpy(values) for name, values in blend.tensors().items()}
+    fold.seconds_test = time.perf_counter() - started
+    run.finish(fold, predictions, tensors)
+
+
+def predict_best(run: Run, training: Training, fold: FoldRecord, ids: NDArray[np.int64]) -> Tensor:
+    """What the members of a fold at its best validation predict of samples, (member, sample) in the target's unit."""
+    x = torch.from_numpy(run.channels(run.inputs[fold.number - 1])[ids]).to(run.device)
+    predictions = []
+    for weights in fold.best:
         network = run.make_network().to(run.device)
         network.load_state_dict(weights)
-        predicted = predict(network, torch.from_numpy(x).to(run.device), training)
-        predictions.append(fold.in_target_unit(predicted))
-        tensors |= {f"member_{member}.{name}": tensor for name, tensor in weights.items()}
-    fold.seconds_test = time.perf_counter() - started
-    run.finish(fold, torch.stack(predictions), tensors)
+        predictions.append(fold.in_target_unit(predict(network, x, training)))
+    return torch.stack(predictions)
 
 
 def report_size(run: Run) -> None:
@@ -452,18 +467,6 @@ def report_results(run: Run) -> None:
         run.events.add_scalar(name, value)
     run.events.close()
     write_metrics(run, scores, summary)
-
-
-def doubt_about(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> str:
-    """Why the metrics of a fold say little; empty if they do not."""
-    if np.ptp(observed) == 0:
-        return "all test observations are the same, r2 is undefined"
-    if np.ptp(predicted) == 0:
-        return "all predictions are the same, r2 is undefined and counted as 0"
-    if predicted.std() < MIN_PREDICTION_STD_RATIO * observed.std():
-        spread = f"sd {predicted.std():.2g} against {observed.std():.2g} of the observations"
-        return f"predictions hardly differ, {spread}; r2 and RMSEU say little; more epochs or another lr may help"
-    return ""
 
 
 def plot_results(run: Run, predictions: pd.DataFrame, scores: list[Scores]) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from datasets.model_inputs import standardise
 from datasets.published_grassland import STUDY_VARIABLES
-from datasets.series_table import SPLIT_PROCEDURES, Samples, prepare, read_table, split, standardise
+from datasets.series_table import SPLIT_PROCEDURES, Samples, prepare, read_table, split
 from models import ESTIMATORS
 from models.additive_gaussian_process import AdditiveGaussianProcess
 from utils.metrics import coverage, r2_difference, score

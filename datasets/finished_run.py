@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from datasets.model_inputs import Inputs
 from datasets.plot_context import Names, context_of, names_of_groups
 from datasets.series_table import (
     PREDICTOR,
     Columns,
-    Inputs,
     Samples,
     Table,
     is_numeric,
@@ -212,7 +212,7 @@ def check_categories(trained: Trained, name: str, values: Sequence[str], where: 
 
 
 def scale_like(record: Mapping[str, Any], x: NDArray[Any], covariates: Covariates, names: Names | None = None) -> Inputs:
-    """New rows as the models of a fold take them, scaled by its training rows as in `series_table.standardise`.
+    """New rows as the models of a fold take them, scaled by its training rows as in `model_inputs.standardise`.
 
     Args:
         record: of the fold's weights.

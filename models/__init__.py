@@ -22,6 +22,7 @@ from models.classical import Estimator, GaussianProcess, Ridge, Rocket
 from models.fcn import FCN
 from models.inception_time import InceptionTime
 from models.mlp import MLP
+from models.plot_ensemble import PlotEnsemble
 from models.residual_net import ResidualNet
 from models.resnet18t import ResNet18T
 from models.transformer import Transformer
@@ -36,6 +37,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "ResidualNet": ResidualNet,
     "InceptionTime": InceptionTime,
     "ResNet18T": ResNet18T,
+    "PlotEnsemble": PlotEnsemble,
 }
 
 

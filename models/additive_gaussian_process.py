@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from datasets.series_table import Inputs
+from datasets.model_inputs import Inputs
 from models.classical import flat
 from utils.errors import InputError
 from utils.runs import one_thread

@@ -1,6 +1,6 @@
 """Estimators that are fitted in a single call: ridge regression, Gaussian process and Rocket.
 
-Each has `fit(inputs, y)` and `predict(inputs)`, of inputs as `series_table.standardise` makes them, and `tensors()`: arrays
+Each has `fit(inputs, y)` and `predict(inputs)`, of inputs as `model_inputs.standardise` makes them, and `tensors()`: arrays
 from which `from_tensors` builds the fitted estimator again, so that nothing needs to be pickled. Ridge regression and the
 Gaussian process need no validation rows and are fitted on them, too; Rocket, as published, is fitted on the training rows
 alone.
@@ -18,7 +18,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
-from datasets.series_table import Inputs
+from datasets.model_inputs import Inputs
 from utils.errors import InputError
 
 NOISE = 1e-5  # of Rocket's maxima, sums of up to some dozen products of about 1

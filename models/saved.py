@@ -17,11 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from datasets.finished_run import Covariates, Trained, scale_like
+from datasets.model_inputs import Inputs, channel_count, channels
 from datasets.plot_context import Names
-from datasets.series_table import Inputs, channel_count, channels
 from models import ESTIMATORS, NETWORKS, make_network
 from models.additive_gaussian_process import AdditiveGaussianProcess
 from models.classical import Estimator
+from models.plot_ensemble import Blend
 from utils.errors import InputError
 from utils.runs import one_thread, read_tensors
 from utils.seeds import PERMUTATIONS, generator_for
@@ -75,6 +76,9 @@ def load_fold(path: Path, device: torch.device) -> SavedFold:
         else partial(_estimate, model)
         for model in models
     ]
+    if record["flags"]["model"] == "PlotEnsemble":
+        blend = Blend.from_tensors({name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()})
+        members = [partial(_blend, blend, member) for member in members]
     processes = [model for model in models if isinstance(model, AdditiveGaussianProcess)]
     return SavedFold(record, members, ROWS_AT_ONCE[device.type], processes)
 
@@ -107,6 +111,10 @@ def read_models(path: Path) -> tuple[dict[str, Any], list[nn.Module | Estimator]
             ) from error
         models.append(network.eval())
     return record, models
+
+
+def _blend(blend: Blend, member: Member, inputs: Inputs) -> NDArray[np.float64]:
+    return blend.predict(inputs, member(inputs))
 
 
 def _estimate(estimator: Estimator, inputs: Inputs) -> NDArray[np.float64]:

@@ -24,8 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import main
+from datasets.model_inputs import Inputs
 from datasets.published_grassland import BANDS, PREDICTORS
-from datasets.series_table import Inputs, demo_table, prepare, split
+from datasets.series_table import demo_table, prepare, split
 from main import Run
 from models import ESTIMATORS, make_network
 from models.classical import Ridge

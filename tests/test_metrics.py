@@ -52,8 +52,8 @@ def test_weights_count_rows_as_often() -> None:
     times = np.random.default_rng(2).integers(0, 4, 180)
     predicted = rows["observed"] + rows["noise"]
     expected = score(np.repeat(rows["observed"], times), np.repeat(predicted, times)).r2
-    assert _weighted_r2(rows["observed"], predicted[None], times[None])[0] == pytest.approx(expected)
-    assert _weighted_r2(rows["observed"], np.ones((1, 180)), times[None])[0] == 0  # constant predictions
+    assert _weighted_r2(rows["observed"], predicted[None], times[None].astype(np.float64))[0] == pytest.approx(expected)
+    assert _weighted_r2(rows["observed"], np.ones((1, 180)), times[None].astype(np.float64))[0] == 0  # constant predictions
 
 
 def test_the_difference_of_r2_is_that_of_the_folds_means_with_an_interval_over_plots() -> None:

@@ -8,7 +8,7 @@ import torch
 from conftest import DEFAULTS, golden
 from torch import nn
 
-from datasets.series_table import Inputs
+from datasets.model_inputs import Inputs
 from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags
 from models.classical import GaussianProcess, Ridge, Rocket
 from utils.errors import InputError

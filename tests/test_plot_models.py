@@ -17,19 +17,11 @@ import export
 import main
 from benchmarks.plot_models import permute_plots, predictions_of, r2_of
 from datasets.finished_run import read_trained, rows_like
+from datasets.model_inputs import Inputs, channel_count, channels, standardise
 from datasets.plot_context import context_of, mean_over_plots, names_of_groups, rows_of_plots
-from datasets.series_table import (
-    Inputs,
-    Samples,
-    channel_count,
-    channels,
-    demo_table,
-    prepare,
-    read_table,
-    split,
-    standardise,
-)
+from datasets.series_table import Samples, demo_table, prepare, read_table, split
 from models.additive_gaussian_process import GROUPS, SERIES, AdditiveGaussianProcess
+from models.plot_ensemble import Blend
 from models.saved import load_folds, predict_fold, predictive_sd
 from utils.errors import InputError
 from utils.metrics import coverage
@@ -319,3 +311,36 @@ def test_without_a_relation_to_the_targets_nothing_is_explained(finished: Path) 
     np.testing.assert_allclose(np.diff(permuted.y.reshape(30, 3)), np.diff(samples.y.reshape(30, 3)))
     rows = pd.concat(predictions_of(permuted, "split_by_plot", 42, -1, "AdditiveGaussianProcess"))
     assert r2_of(rows) < 0.2 < 0.5 < r2_of(pd.read_csv(finished / "predictions.csv"))
+
+
+def test_the_ensembles_weight_is_the_best_on_the_validation_rows(finished: Path) -> None:
+    samples = prepare(read_table(finished.parent / "own.csv"), "biomass", plot_column="site")
+    ids = split(samples, "split_by_plot", 42, folds=3)[0]
+    inputs = standardise(samples, ids.train)
+    y = samples.y[ids.validation]
+    assert Blend.fit(inputs, samples.y, ids, y).weight == 0  # networks without an error need no process
+    assert Blend.fit(inputs, samples.y, ids, np.full(len(y), 1e6)).weight > 0.99
+    trained = AdditiveGaussianProcess(0).fit(inputs.of_rows(ids.train), samples.y[ids.train])
+    process = trained.predict(inputs.of_rows(ids.validation))
+    networks = y + np.where(np.arange(len(y)) % 2 == 0, 1, -1) * np.abs(process - y)
+    blend = Blend.fit(inputs, samples.y, ids, networks)
+    errors = [float(((w * process + (1 - w) * networks - y) ** 2).sum()) for w in np.linspace(0, 1, 101)]
+    assert blend.weight == pytest.approx(np.argmin(errors) / 100, abs=0.0051)
+    again = Blend.from_tensors(blend.tensors())
+    test = inputs.of_rows(ids.test)
+    np.testing.assert_allclose(again.predict(test, np.zeros(30)), blend.predict(test, np.zeros(30)), rtol=1e-9)
+    expected = blend.weight * blend.process.predict(test) + (1 - blend.weight) * 7
+    np.testing.assert_allclose(blend.predict(test, np.full((2, 30), 7.0)), np.stack([expected] * 2))
+
+
+def test_the_ensemble_runs_and_is_applied_like_any_model(finished: Path) -> None:
+    small = ("num_channels=4 4 4 4", "stem_channels=4", "epochs=2", "warmup_epochs=1", "ensemble_count=2", *OWN)
+    folder = finished.parent / "ensemble"
+    run_in(folder, main, f"dataset={finished.parent / 'own.csv'}", "model=PlotEnsemble", *small)
+    assert json.loads((folder / "metrics.json").read_text())["flags"]["plot_context"] is True
+    kept = pd.read_csv(folder / "predictions.csv").set_index("key").sort_index()
+    assert (kept["predicted_sd"] > 0).all() and np.corrcoef(kept["predicted"], kept["observed"])[0, 1] > 0.5
+    rows = rows_like(read_table(finished.parent / "own.csv"), read_trained(folder), [])
+    folds = load_folds(folder, torch.device("cpu"))
+    predicted = np.stack([predict_fold(one, rows.x, {}, rows.names).mean(0) for one in folds])
+    np.testing.assert_allclose(predicted[kept["fold"] - 1, np.arange(len(kept))], kept["predicted"], rtol=1e-5)

@@ -9,6 +9,7 @@ from sklearn.metrics import root_mean_squared_error
 
 from utils.seeds import BOOTSTRAP, seed_for
 
+MIN_PREDICTION_STD_RATIO = 0.01  # of the observations' standard deviation; below it, predictions hardly tell plots apart
 INTERVAL = 0.9  # share of observations that an interval is to cover
 
 
@@ -43,6 +44,18 @@ def score(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> Scor
     rmses = root_mean_squared_error(observed, line.intercept + line.slope * observed)
     rmseu = np.sqrt(max(rmse**2 - rmses**2, 0.0))
     return Scores(float(r2), float(rmse / abs(observed.mean())), float(rmses), float(rmseu))
+
+
+def doubt_about(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> str:
+    """Why the metrics of a fold say little; empty if they do not."""
+    if np.ptp(observed) == 0:
+        return "all test observations are the same, r2 is undefined"
+    if np.ptp(predicted) == 0:
+        return "all predictions are the same, r2 is undefined and counted as 0"
+    if predicted.std() < MIN_PREDICTION_STD_RATIO * observed.std():
+        spread = f"sd {predicted.std():.2g} against {observed.std():.2g} of the observations"
+        return f"predictions hardly differ, {spread}; r2 and RMSEU say little; more epochs or another lr may help"
+    return ""
 
 
 def coverage(
