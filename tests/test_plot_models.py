@@ -78,12 +78,13 @@ def test_fold_seed_deals_whole_plots_anew_and_none_is_the_published_grouping() -
     )
 
 
-def test_fold_seed_is_a_flag_and_says_where_it_has_no_effect(run_main: Callable[..., Ended]) -> None:
-    done = run_main("dataset=demo", "model=Ridge", "fold_seed=3")
+def test_fold_seed_is_a_flag_and_says_where_it_has_no_effect(run_main: Callable[..., Ended], finished: Path) -> None:
+    own = (f"dataset={finished.parent / 'own.csv'}", "model=Ridge", *OWN)
+    done = run_main(*own, "fold_seed=3")
     assert done.returncode == 0 and json.loads(Path("metrics.json").read_text())["flags"]["fold_seed"] == 3
-    done = run_main("dataset=demo", "model=Ridge", "fold_seed=3", "split_procedure=split_by_observatory")
-    assert "Without effect on split_by_observatory: fold_seed=3" in done.stdout
-    done = run_main("dataset=demo", "model=Ridge", "fold_seed=some")
+    done = run_main(*own, "fold_seed=3", "split_procedure=split_by_observatory")
+    assert "Without effect on split_by_observatory: folds=3, fold_seed=3" in done.stdout
+    done = run_main(*own, "fold_seed=some")
     assert done.returncode == 2 and "fold_seed: 'some' is not a whole number from 0 to" in done.stderr
 
 
@@ -142,6 +143,7 @@ def test_a_known_plot_is_shrunk_towards_the_mean_as_random_effects_are() -> None
     assert process.variances()["noise"] == pytest.approx(1)
 
 
+@pytest.mark.plots
 def test_a_run_has_distributions_and_says_what_explains_the_plots(finished: Path) -> None:
     predictions = pd.read_csv(finished / "predictions.csv")
     metrics = json.loads((finished / "metrics.json").read_text())
