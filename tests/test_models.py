@@ -146,7 +146,8 @@ def test_keyword_arguments_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (flags["dropout"].default, flags["dropout"].help) == ("0.5", "WithSettings: share of features dropped.")
     assert flags["norm"].default == "yes" and flags["norm"].type("no") is False
     # Architectures with different defaults share the flag.
-    assert flags["kernel_size"].default == "auto" and flags["kernel_size"].help.startswith("ResNet18T, PlotEnsemble, WithSettings: ")
+    assert flags["kernel_size"].default == "auto"
+    assert flags["kernel_size"].help.startswith("ResNet18T, PlotEnsemble, WithSettings: ")
     assert own_flags(WithSettings, {"kernel_size": None, "dropout": 0.1})["kernel_size"] == 7
     assert own_flags(WithSettings, {"kernel_size": "9"}) == {"dropout": 0.5, "kernel_size": 9, "norm": True}
     with pytest.raises(InputError, match="kernel_size: 'wide' is not a whole number"):
