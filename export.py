@@ -31,6 +31,7 @@ from tqdm import tqdm
 from datasets import published_grassland
 from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, PIXEL
 from datasets.canopy.tiles import Statistics, standardise
+from models import knows_plots
 from models.classical import Estimator, GaussianProcess, Ridge
 from models.exported import CanopyGraph, Fold, GaussianProcessMember, NetworkMember, RidgeMember, SeriesGraph
 from models.saved import read_models
@@ -163,6 +164,11 @@ def load_main(folder: Path, paths: Sequence[Path]) -> Exportable:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if metrics["flags"]["model"] == "Rocket":
         raise InputError(f"{folder} is a run of Rocket, which has no ONNX form here; all other models can be exported")
+    if knows_plots(metrics["flags"]):
+        raise InputError(
+            f"{folder} is a run of {metrics['flags']['model']}, which reads all rows of a plot at once and has no ONNX form "
+            f"here; `guild run predict` applies it to tables"
+        )
     folds, records = zip(*(load_fold(path) for path in paths), strict=True)
     record, flags = records[0], records[0]["flags"]
     graph = SeriesGraph(folds).eval()

@@ -25,8 +25,11 @@ from tqdm import tqdm
 from datasets import published_grassland as published
 from datasets import series_table
 from datasets.finished_run import SAMPLES, write_samples
-from datasets.series_table import FOLDS, SPLIT_PROCEDURES, Table
+from datasets.model_inputs import channel_count, channels, standardise
+from datasets.series_table import FOLDS, SPLIT_PROCEDURES, Table, listed
 from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags, settings_of
+from models.additive_gaussian_process import AdditiveGaussianProcess
+from models.plot_ensemble import Blend
 from utils import plots, runs
 from utils.errors import InputError
 from utils.flags import (
@@ -35,6 +38,7 @@ from utils.flags import (
     auto_or,
     auto_yes_no,
     names_in,
+    none_or,
     numbers_of,
     one_of,
     real,
@@ -44,7 +48,7 @@ from utils.flags import (
     yes_no,
 )
 from utils.folds import FoldRecord, epochs_done, train_folds
-from utils.metrics import Scores, score
+from utils.metrics import INTERVAL, Scores, coverage, doubt_about, score
 from utils.recipes import OPTIMIZER_FLAGS, flags_in_use, recipe_for
 from utils.runs import CHECKPOINT, say
 from utils.seeds import ESTIMATOR_MEMBERS, seed_for
@@ -52,9 +56,25 @@ from utils.training import FoldData, Training, initial_state, predict
 from utils.training_processes import training_processes
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("SECONDS_BETWEEN_CHECKPOINTS", "5"))
-MIN_PREDICTION_STD_RATIO = 0.01  # of the observations' standard deviation; below it, predictions hardly tell plots apart
-CLASSICAL_IDLE = {"batch_size", "epochs", "warmup_epochs", "precision", "scale_target"}  # without effect on those models
-IN_LABEL = ("dataset", "covariates", "split_procedure", "ensemble_count", "precision", "lr", "epochs")
+CLASSICAL_IDLE = {
+    "batch_size",
+    "epochs",
+    "warmup_epochs",
+    "plot_context",
+    "precision",
+    "scale_target",
+}  # without effect on those models
+IN_LABEL = (
+    "dataset",
+    "covariates",
+    "split_procedure",
+    "fold_seed",
+    "plot_context",
+    "ensemble_count",
+    "precision",
+    "lr",
+    "epochs",
+)
 
 parser = FlagParser(prog="main.py", description=__doc__)
 flag = parser.flag
@@ -67,6 +87,7 @@ flag("dataset", str, "grassland", "grassland, demo (simulated), or an .xlsx (my.
 flag("ensemble_count", whole(1), 1, "networks of a fold, whose predictions are averaged")
 flag("epochs", whole(1), 1500, "maximum number of training epochs after warm-up")
 flag("eps", auto_or(real(0, above=True)), "auto", "Adam's epsilon; auto: as published, 1e-6 for ResNet18T, InceptionTime")
+flag("fold_seed", none_or(whole(0, 2**32 - 1)), "none", "split_by_plot: seed that deals plots to folds; none: as published")
 flag("folds", whole(2), FOLDS, "folds of split_by_plot")
 flag("key_column", str, published.KEY, "column of a unique name of each row; may be absent")
 flag("lr", auto_or(real(0)), "auto", "learning rate after warm-up; auto: as published, 0.001 for ResNet18T, InceptionTime")
@@ -74,6 +95,7 @@ flag("model", one_of(*NETWORKS, *ESTIMATORS), "ResNet18T", f"architecture: {', '
 flag("nodata", real_list, "none", "numbers that stand for missing values, separated by spaces or commas, or none")
 flag("original_training", yes_no, "no", "ResNet18T, InceptionTime: yes/no, train as in their own papers, not as in ResNeTS")
 flag("plot_column", str, published.PLOT, "column that tells plots apart, or none: each row is a plot")
+flag("plot_context", yes_no, "no", "networks: yes/no, see a plot's mean series over its years, and its region and year")
 flag("precision", one_of("32", "bf16"), "32", "32, or bf16: PyTorch's autocast, weights and losses in float32")
 flag("region_column", str, published.REGION, "column of the observatory or region; may be absent")
 flag(
@@ -127,7 +149,7 @@ def main() -> None:
         fit_estimators(run)
     report_results(run)
     Path(CHECKPOINT).unlink(missing_ok=True)
-    shown = [name for name in ("scatter.png", "losses.png") if Path(name).exists()]
+    shown = [name for name in ("scatter.png", "terms.png", "losses.png") if Path(name).exists()]
     runs.say_where_results_are(["predictions.csv", *shown])
 
 
@@ -137,6 +159,7 @@ def resolve_auto_flags(flags: dict[str, Any]) -> None:
     for name in OPTIMIZER_FLAGS:
         if flags[name] is None:
             flags[name] = options.get(name, "auto")
+    flags["plot_context"] = flags["plot_context"] or flags["model"] == "PlotEnsemble"
 
 
 def report_flags_without_effect(flags: dict[str, Any]) -> None:
@@ -149,8 +172,10 @@ def report_flags_without_effect(flags: dict[str, Any]) -> None:
     told = [assignment(name, flags[name]) for name in sorted(idle) if flags[name] != defaults[name]]
     if told:
         say(f"Without effect on {model}: {', '.join(told)}")
-    if flags["folds"] != FOLDS and flags["split_procedure"] != SPLIT_PROCEDURES[0]:
-        say(f"Without effect on {flags['split_procedure']}: {assignment('folds', flags['folds'])}")
+    if flags["split_procedure"] != SPLIT_PROCEDURES[0]:
+        told = [assignment(name, flags[name]) for name in ("folds", "fold_seed") if flags[name] != defaults[name]]
+        if told:
+            say(f"Without effect on {flags['split_procedure']}: {', '.join(told)}")
 
 
 def load_table(dataset: str) -> Table:
@@ -186,10 +211,15 @@ class Run:
             steps=numbers_of(flags["steps"]),
             nodata=[float(number) for number in names_in(flags["nodata"], "none")],
         )
-        self.splits = series_table.split(self.samples, flags["split_procedure"], flags["seed"], flags["folds"])
-        self.inputs = [series_table.standardise(self.samples, fold.train) for fold in self.splits]
+        fold_seed = None if flags["fold_seed"] == "none" else flags["fold_seed"]
+        self.splits = series_table.split(self.samples, flags["split_procedure"], flags["seed"], flags["folds"], fold_seed)
+        self.inputs = [standardise(self.samples, fold.train) for fold in self.splits]
         self.folds = [FoldRecord(number) for number in range(1, len(self.splits) + 1)]
-        self.shape = (len(self.samples.columns.bands) + self.inputs[0].covariates.shape[1], len(self.samples.columns.steps))
+        context = flags["plot_context"] and flags["model"] in NETWORKS
+        if context and not self.inputs[0].record["groups"]:
+            raise InputError(f"plot_context=yes: {table.name} has neither plots with a name, nor regions, nor years")
+        self.channels = partial(channels, plot_context=context)
+        self.shape = (channel_count(self.inputs[0].record, context), len(self.samples.columns.steps))
         self.make_network = partial(make_network, flags["model"], *self.shape, flags)  # takes the seed of its weights
         if flags["model"] in NETWORKS:
             self.make_network()  # refuses flags that do not fit the table before anything is written
@@ -285,7 +315,7 @@ def train_networks(run: Run, scheduler: str) -> None:
     y = torch.from_numpy(run.samples.y.astype(np.float32))
     data: dict[int, FoldData] = {}
     for fold in run.unfinished():
-        x, ids = torch.from_numpy(series_table.channels(run.inputs[fold.number - 1])), run.splits[fold.number - 1]
+        x, ids = torch.from_numpy(run.channels(run.inputs[fold.number - 1])), run.splits[fold.number - 1]
         train_y = (y[ids.train] - fold.target_offset) / fold.target_factor
         parts = (x[ids.train], train_y, x[ids.validation], y[ids.validation])
         data[fold.number] = FoldData(*(part.to(device) for part in parts))
@@ -311,17 +341,30 @@ def train_networks(run: Run, scheduler: str) -> None:
 def test_fold(run: Run, training: Training, fold: FoldRecord) -> None:
     """Test a fold's best ensemble and keep it."""
     started = time.perf_counter()
-    x = series_table.channels(run.inputs[fold.number - 1])[run.splits[fold.number - 1].test]
-    predictions: list[Tensor] = []
-    tensors: dict[str, Tensor] = {}
-    for member, weights in enumerate(fold.best, start=1):
+    ids, inputs = run.splits[fold.number - 1], run.inputs[fold.number - 1]
+    predictions = predict_best(run, training, fold, ids.test)
+    members = enumerate(fold.best, start=1)
+    tensors = {f"member_{number}.{name}": tensor for number, best in members for name, tensor in best.items()}
+    if run.flags["model"] == "PlotEnsemble":
+        validation = predict_best(run, training, fold, ids.validation).double().mean(0).numpy()
+        blend = Blend.fit(inputs, run.samples.y.astype(np.float32), ids, validation)
+        say(f"Fold {fold.number}/{len(run.folds)}: weight of the additive Gaussian process {blend.weight:.2f}")
+        blended = blend.predict(inputs.of_rows(ids.test), predictions.double().numpy())
+        predictions = torch.from_numpy(blended.astype(np.float32))
+        tensors |= {name: torch.from_numpy(values) for name, values in blend.tensors().items()}
+    fold.seconds_test = time.perf_counter() - started
+    run.finish(fold, predictions, tensors)
+
+
+def predict_best(run: Run, training: Training, fold: FoldRecord, ids: NDArray[np.int64]) -> Tensor:
+    """What the members of a fold at its best validation predict of samples, (member, sample) in the target's unit."""
+    x = torch.from_numpy(run.channels(run.inputs[fold.number - 1])[ids]).to(run.device)
+    predictions = []
+    for weights in fold.best:
         network = run.make_network().to(run.device)
         network.load_state_dict(weights)
-        predicted = predict(network, torch.from_numpy(x).to(run.device), training)
-        predictions.append(fold.in_target_unit(predicted))
-        tensors |= {f"member_{member}.{name}": tensor for name, tensor in weights.items()}
-    fold.seconds_test = time.perf_counter() - started
-    run.finish(fold, torch.stack(predictions), tensors)
+        predictions.append(fold.in_target_unit(predict(network, x, training)))
+    return torch.stack(predictions)
 
 
 def report_size(run: Run) -> None:
@@ -354,13 +397,15 @@ def fit_estimators(run: Run) -> None:
                     seed = seed_for(seed, ESTIMATOR_MEMBERS, member) % 2**32
                 started = time.perf_counter()
                 estimator = estimator_class(seed=seed, **own_flags(estimator_class, run.flags))
-                estimator.fit(inputs.x[rows], inputs.covariates[rows], y[rows])
+                estimator.fit(inputs.of_rows(rows), y[rows])
                 fitted = time.perf_counter()
-                predicted = estimator.predict(inputs.x[ids.test], inputs.covariates[ids.test])
+                predicted = estimator.predict(inputs.of_rows(ids.test))
                 predictions.append(torch.from_numpy(predicted.astype(np.float32)))
                 fold.seconds_train += fitted - started
                 fold.seconds_test += time.perf_counter() - fitted
                 tensors |= {f"member_{member}.{k}": torch.from_numpy(v.copy()) for k, v in estimator.tensors().items()}
+                if isinstance(estimator, AdditiveGaussianProcess):
+                    keep_distribution(run, fold, estimator)
                 bar.update()
             run.throughput["network_epochs"] += members
             run.throughput["seconds"] += fold.seconds_train
@@ -369,9 +414,19 @@ def fit_estimators(run: Run) -> None:
             run.save_if_due()
 
 
+def keep_distribution(run: Run, fold: FoldRecord, process: AdditiveGaussianProcess) -> None:
+    """Keep the standard deviations of a fold's predictions and what its terms explain; say which terms are left out."""
+    test = run.inputs[fold.number - 1].of_rows(run.splits[fold.number - 1].test)
+    fold.predicted_sd = torch.from_numpy(process.predict_distribution(test)[1])
+    fold.variances = process.variances()
+    for reason in dict.fromkeys(process.left_out.values()):
+        terms = [term for term, why in process.left_out.items() if why == reason]
+        say(f"Fold {fold.number}/{len(run.folds)}: without {listed(terms)}, for its training rows have {reason}")
+
+
 def report_results(run: Run) -> None:
     """Print the metrics of each fold and their mean, and write the run's files."""
-    tables, scores = [], []
+    tables, scores, coverages = [], [], []
     for fold in run.folds:
         assert fold.predictions is not None
         members, name = fold.predictions.numpy().astype(np.float64), f"Fold {fold.number}/{len(run.folds)}"
@@ -382,7 +437,10 @@ def report_results(run: Run) -> None:
         if doubt:
             say(f"{name}: {doubt}")
         say(f"{name} - {' - '.join(f'{key.upper()}: {value:.4f}' for key, value in scores[-1]._asdict().items())}{run.note}")
-        columns = {"fold": fold.number, "observed": observed, "predicted": predicted, "predicted_sd": members.std(0)}
+        sd = members.std(0) if fold.predicted_sd is None else fold.predicted_sd.numpy()
+        if fold.predicted_sd is not None:
+            coverages.append(coverage(observed, predicted, sd))
+        columns = {"fold": fold.number, "observed": observed, "predicted": predicted, "predicted_sd": sd}
         tables.append(run.samples.keys.iloc[ids].assign(**columns, table=run.table.name))
     summary: dict[str, float] = {}
     for name in Scores._fields:
@@ -390,6 +448,9 @@ def report_results(run: Run) -> None:
         summary[f"{name}_mean"], summary[f"{name}_std"] = float(values.mean()), float(values.std())
         say(f"{name.upper()} mean: {values.mean():.4f}{run.note}")
         say(f"{name.upper()} std: {values.std():.4f}{run.note}")
+    if coverages:
+        summary["coverage_mean"], summary["coverage_std"] = float(np.mean(coverages)), float(np.std(coverages))
+        say(f"Coverage mean: {summary['coverage_mean']:.4f} of the {INTERVAL:.0%} intervals{run.note}")
     for label, name in (("Training", "train"), ("Testing", "test")):
         seconds = np.array([getattr(fold, f"seconds_{name}") for fold in run.folds])
         summary[f"time_{name}_mean"], summary[f"time_{name}_std"] = float(seconds.mean()), float(seconds.std())
@@ -408,18 +469,6 @@ def report_results(run: Run) -> None:
     write_metrics(run, scores, summary)
 
 
-def doubt_about(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> str:
-    """Why the metrics of a fold say little; empty if they do not."""
-    if np.ptp(observed) == 0:
-        return "all test observations are the same, r2 is undefined"
-    if np.ptp(predicted) == 0:
-        return "all predictions are the same, r2 is undefined and counted as 0"
-    if predicted.std() < MIN_PREDICTION_STD_RATIO * observed.std():
-        spread = f"sd {predicted.std():.2g} against {observed.std():.2g} of the observations"
-        return f"predictions hardly differ, {spread}; r2 and RMSEU say little; more epochs or another lr may help"
-    return ""
-
-
 def plot_results(run: Run, predictions: pd.DataFrame, scores: list[Scores]) -> None:
     """Draw the scatter of all test rows and, for networks, the losses."""
     flags = run.flags
@@ -432,6 +481,9 @@ def plot_results(run: Run, predictions: pd.DataFrame, scores: list[Scores]) -> N
     plot = plots.scatter(observed, predicted, regions, scores, title, target)
     plots.save_plot(plot, Path("scatter"))
     run.events.add_image("scatter", plots.as_image(plot), dataformats="HWC")
+    variances = [fold.variances for fold in run.folds if fold.variances]
+    if variances:
+        plots.save_plot(plots.terms(variances, title), Path("terms"))
     histories = [(fold.number, fold.history) for fold in run.folds if fold.history]
     if histories:
         plots.save_plot(plots.losses(histories, flags["warmup_epochs"], title, target), Path("losses"))
@@ -444,6 +496,8 @@ def write_metrics(run: Run, scores: list[Scores], summary: dict[str, float]) -> 
         rows = {"train": len(ids.train), "validation": len(ids.validation), "test": len(ids.test)}
         kept = ("best_epoch", "last_epoch", "seconds_train", "seconds_test")
         folds.append({"fold": fold.number, "rows": rows, **one._asdict(), **{name: getattr(fold, name) for name in kept}})
+        if fold.variances:
+            folds[-1]["variances"] = fold.variances
     document = {
         "flags": run.flags,
         "table": {"name": run.table.name, "sha256": run.table.sha256, "simulated": run.table.simulated},

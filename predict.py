@@ -26,6 +26,7 @@ from tqdm import tqdm
 from datasets.demo_rasters import simulate_rasters
 from datasets.demo_table import simulate_table
 from datasets.finished_run import SAMPLES, NewRows, Trained, read_trained, rows_like
+from datasets.plot_context import rows_of_plots
 from datasets.published_grassland import target_of
 from datasets.series_rasters import (
     SeriesRasters,
@@ -35,8 +36,9 @@ from datasets.series_rasters import (
     windows_by_blocks,
 )
 from datasets.series_table import Table, listed, read_table
+from models import knows_plots
 from models.applied import RESULTS, Applied, apply, load, prepare_area
-from models.saved import SavedFold, load_folds
+from models.saved import SavedFold, load_folds, predictive_sd
 from utils import rasters
 from utils.applied_plots import intervals, quick_look
 from utils.errors import InputError
@@ -179,9 +181,12 @@ def predict_table(
     table = load_table(name, trained)
     rows = rows_like(table, trained, nodata)
     say(f"Table: {describe_rows(table, rows)}")
+    if knows_plots(trained.flags):
+        for line in describe_context(trained, rows):
+            say(line)
     area = prepare_area(trained, folds, AREA)
     say(describe_area(area))
-    predictions = predict_rows(load(trained.folder, AREA, flags["level"], device), rows)
+    predictions = predict_rows(load(trained.folder, AREA, flags["level"], device), rows, knows_plots(trained.flags))
     summary = report(trained, table, predictions)
     write_table(predictions, trained, table, summary, flags["level"])
     return {
@@ -220,6 +225,26 @@ def describe_rows(table: Table, rows: NewRows) -> str:
     return f"{table.name}, {len(rows.x)} rows, {observed}{dropped}"
 
 
+def describe_context(trained: Trained, rows: NewRows) -> list[str]:
+    """Sentences on rows that lack something of what the models know of a row's surroundings."""
+    told = []
+    plots = rows.names.get("plot", np.full(len(rows.x), ""))
+    if "plot" in trained.names and (alone := int((rows_of_plots(plots) == 1).sum())):
+        told.append(
+            f"Rows of plots with a single row: {alone} of {len(rows.x)}; their own series stands for the mean over the "
+            f"plot's years, so that less is known of them"
+        )
+    for role in ("region", "year"):
+        if role not in trained.names:
+            continue
+        unknown = int((~np.isin(rows.names.get(role, np.full(len(rows.x), "")), trained.names[role])).sum())
+        if unknown:
+            told.append(
+                f"Rows of a {role} that the run does not know: {unknown} of {len(rows.x)}; its effect is unknown, too"
+            )
+    return told
+
+
 def describe_area(area: Mapping[str, Any]) -> str:
     """One line on the area of applicability."""
     importance = area["importance"]
@@ -240,16 +265,28 @@ def say_what_unit(trained: Trained) -> None:
     )
 
 
-def predict_rows(applied: Applied, rows: NewRows) -> pd.DataFrame:
-    """A row a sample: its keys, the observation if there are any, and what the run says."""
+def predict_rows(applied: Applied, rows: NewRows, together: bool) -> pd.DataFrame:
+    """A row a sample: its keys, the observation if there are any, and what the run says.
+
+    Args:
+        applied: the run.
+        rows: to predict.
+        together: whether all rows of a plot must be seen at once.
+    """
     parts = []
+    at_once = len(rows.x) if together else ROWS_AT_ONCE
     with tqdm(total=len(rows.x), desc="Predicting...", unit="row") as bar:
-        for start in range(0, len(rows.x), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            parts.append(apply(applied, rows.x[part], {name: values[part] for name, values in rows.covariates.items()}))
+        for start in range(0, len(rows.x), at_once):
+            part = slice(start, start + at_once)
+            covariates = {name: values[part] for name, values in rows.covariates.items()}
+            names = {role: values[part] for role, values in rows.names.items()}
+            parts.append(apply(applied, rows.x[part], covariates, names))
             bar.update(parts[-1].shape[1])
     results = dict(zip(RESULTS, np.concatenate(parts, axis=1), strict=True))
     predictions = rows.keys if rows.observed is None else rows.keys.assign(observed=rows.observed)
+    sd = predictive_sd(applied.folds, rows.x, rows.covariates, rows.names)
+    if sd is not None:
+        results["predicted_sd"] = sd
     return predictions.assign(**results).astype({"inside": np.int64})
 
 
@@ -315,6 +352,11 @@ def predict_map(
     Raises:
         InputError: the rasters cannot be read or do not fit the run, or the folder has another map.
     """
+    if knows_plots(trained.flags):
+        raise InputError(
+            f"{trained.folder} is a run of {trained.flags['model']}, which reads the other years of a row's plot, its "
+            f"region and year: it predicts the rows of a table, not rasters; a run of another model makes a map"
+        )
     series, grid, said = find_rasters(name, called_from(), trained, flags["covariates"], nodata)
     say(f"Rasters: {grid.width} x {grid.height} pixels of {grid.transform.a:g}, {grid.crs.to_string()}. {'. '.join(said)}")
     simulated = flags["input"] == SIMULATED_RASTERS

@@ -2,7 +2,7 @@
 
 trained = read_trained(folder)                  what it was trained on, from samples.safetensors and predictions.csv
 rows = rows_like(table, trained, nodata=[])     new rows with the run's bands, steps and covariates
-inputs = scale_like(record, rows.x, rows.covariates)    as the models of a fold take them
+inputs = scale_like(record, rows.x, rows.covariates, rows.names)    as the models of a fold take them
 """
 
 import json
@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from datasets.model_inputs import Inputs
+from datasets.plot_context import Names, context_of, names_of_groups
 from datasets.series_table import (
     PREDICTOR,
     Columns,
-    Inputs,
     Samples,
     Table,
     is_numeric,
@@ -46,7 +47,8 @@ class Trained(NamedTuple):
         x: (sample, band, step) float32, in the table's units.
         covariates: of the samples.
         categories: of each covariate of text.
-        plots: (sample,) names.
+        names: of plot, region and year, as far as its table has them.
+        plots: (sample,) names; numbers where each row is a plot.
         folds: (sample,) the fold that tested it.
         observed, predicted: (sample,) the target, and what the models of that fold said.
     """
@@ -58,6 +60,7 @@ class Trained(NamedTuple):
     x: NDArray[np.float32]
     covariates: Covariates
     categories: dict[str, list[str]]
+    names: Names
     plots: NDArray[np.str_]
     folds: NDArray[np.int64]
     observed: NDArray[np.float64]
@@ -71,6 +74,7 @@ class NewRows(NamedTuple):
         keys: columns key, and plot, year and region where the table has them.
         x: (sample, band, step) float64, as in the table.
         covariates: of the rows.
+        names: of plot, region and year, as far as the table has them.
         observed: (sample,) the target, nan where there is none; None where the table has no such column.
         dropped: rows left out for a missing predictor or covariate.
     """
@@ -78,6 +82,7 @@ class NewRows(NamedTuple):
     keys: pd.DataFrame
     x: NDArray[np.float64]
     covariates: Covariates
+    names: Names
     observed: NDArray[np.float64] | None
     dropped: int
 
@@ -126,7 +131,8 @@ def read_trained(folder: Path) -> Trained:
         values = tensors[f"covariate.{name}"].numpy()
         covariates[name] = np.array(record["categories"][name])[values] if name in record["categories"] else values
     categories = record["categories"]
-    return Trained(folder, flags, table, columns, x, covariates, categories, plots, folds, observed, predicted)
+    names = names_of_groups(predictions if columns.plot else predictions.drop(columns="plot"))
+    return Trained(folder, flags, table, columns, x, covariates, categories, names, plots, folds, observed, predicted)
 
 
 def _as_written(value: Any) -> Any:
@@ -171,10 +177,12 @@ def rows_like(table: Table, trained: Trained, nodata: Sequence[float]) -> NewRow
     observed = None
     if own.target in rows.columns and is_numeric(rows[own.target]):
         observed = numbers_of_column(table, columns, own.target, nodata)[chosen].to_numpy()
+    frame = pd.DataFrame(keys)[chosen].reset_index(drop=True)
     return NewRows(
-        pd.DataFrame(keys)[chosen].reset_index(drop=True),
+        frame,
         np.ascontiguousarray(grid.transpose(2, 1, 0)),
         {name: values[chosen].to_numpy() for name, values in further.items()},
+        names_of_groups(frame),
         observed,
         int((~chosen).sum()),
     )
@@ -203,13 +211,14 @@ def check_categories(trained: Trained, name: str, values: Sequence[str], where: 
         raise InputError(f"{where}, covariate {name!r}: the run does not know {unknown[0]!r}, only {', '.join(known)}")
 
 
-def scale_like(record: Mapping[str, Any], x: NDArray[Any], covariates: Covariates) -> Inputs:
-    """New rows as the models of a fold take them, scaled by its training rows as in `series_table.standardise`.
+def scale_like(record: Mapping[str, Any], x: NDArray[Any], covariates: Covariates, names: Names | None = None) -> Inputs:
+    """New rows as the models of a fold take them, scaled by its training rows as in `model_inputs.standardise`.
 
     Args:
         record: of the fold's weights.
         x: (sample, band, step), in the units of the run's table.
         covariates: of the rows.
+        names: of their plots, regions and years; None: they have no surroundings.
     """
     shape = (len(record["steps"]), len(record["bands"]))
     mean, sd = (np.reshape(record[name], shape).T for name in ("predictor_mean", "predictor_sd"))
@@ -222,4 +231,7 @@ def scale_like(record: Mapping[str, Any], x: NDArray[Any], covariates: Covariate
         else:
             channels.append(((values - covariate["mean"]) / covariate["sd"])[:, None])
     joined = np.concatenate(channels, axis=1) if channels else np.empty((len(x), 0))
-    return Inputs(((x - mean) / sd).astype(np.float32), joined.astype(np.float32), dict(record))
+    inputs = Inputs(((x - mean) / sd).astype(np.float32), joined.astype(np.float32), dict(record))
+    if names is None:
+        return inputs
+    return inputs._replace(context=context_of(inputs.x, inputs.covariates, names, record.get("groups", {})))

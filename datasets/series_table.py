@@ -7,7 +7,7 @@ key and covariates are optional. The published grassland table is one such table
     table = read_table(path)                       a file, or `demo_table()`
     samples = prepare(table, "SpecRichness")       columns found and checked, rows selected
     folds = split(samples, "split_by_plot", 42)    row ids
-    inputs = standardise(samples, fold.train)      inputs of the models, standardised by training rows
+    inputs = standardise(samples, fold.train)      inputs of the models (`datasets.model_inputs`)
 """
 
 import csv
@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit
-from sklearn.preprocessing import StandardScaler
 
 from datasets import published_grassland
 from datasets.demo_table import simulate_table
@@ -104,20 +103,6 @@ class Split(NamedTuple):
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
-
-
-class Inputs(NamedTuple):
-    """All samples as inputs of the models of a fold.
-
-    Attributes:
-        x: (sample, band, step) float32, standardised.
-        covariates: (sample, channel) float32, standardised numbers and a channel of 0 and 1 for each category.
-        record: all that is needed to prepare other rows in the same way.
-    """
-
-    x: NDArray[np.float32]
-    covariates: NDArray[np.float32]
-    record: dict[str, Any]
 
 
 def demo_table() -> Table:
@@ -588,10 +573,11 @@ def warnings_about(samples: Samples) -> list[str]:
     return sentences
 
 
-def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> list[Split]:
+def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS, fold_seed: int | None = None) -> list[Split]:
     """Cross-validation folds.
 
-    `split_by_plot` is a GroupKFold over the plots; `split_by_observatory` tests on each region in turn, in order of first
+    `split_by_plot` is a GroupKFold over the plots, which sorts them by their number of rows, as published, or with a
+    `fold_seed` deals them out at random; `split_by_observatory` tests on each region in turn, in order of first
     appearance, and `split_by_year` on each year. The validation part is a fifth of the training plots,
     drawn from the seed. No plot is on two sides of a fold, except in the training and test parts of `split_by_year`, which
     tests the same plots in another year.
@@ -606,7 +592,8 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
             raise InputError(
                 f"plots in the table: {len(np.unique(plots))}; split_by_plot with folds={folds} needs at least {folds}"
             )
-        outer = list(GroupKFold(folds).split(ids, groups=plots))
+        grouping = GroupKFold(folds, shuffle=fold_seed is not None, random_state=fold_seed)
+        outer = list(grouping.split(ids, groups=plots))
     else:
         role = "year" if procedure == "split_by_year" else "region"
         if role not in samples.keys:
@@ -640,47 +627,3 @@ def split(samples: Samples, procedure: str, seed: int, folds: int = FOLDS) -> li
             )
         result.append(fold)
     return result
-
-
-def standardise(samples: Samples, train: NDArray[np.int64]) -> Inputs:
-    """Inputs of the models of a fold, standardised and coded by its training rows alone.
-
-    A category has a channel in every fold; if no training row has the category, the channel is 0 throughout.
-    """
-    flat = samples.x.transpose(0, 2, 1).reshape(len(samples.x), -1)
-    scaler = StandardScaler().fit(flat[train])
-    scaled = scaler.transform(flat).astype(np.float32).reshape(len(flat), *samples.x.shape[:0:-1]).transpose(0, 2, 1)
-    channels, covariates = [], []
-    for name, values in samples.covariates.items():
-        if values.dtype == np.float64:
-            numbers = values.to_numpy()[:, None]
-            own = StandardScaler().fit(numbers[train])
-            channels.append(own.transform(numbers))
-            covariates.append({"name": name, "mean": float(own.mean_[0]), "sd": float(own.scale_[0])})
-            continue
-        text = values.astype(str).to_numpy()
-        categories, trained = sorted(set(text)), sorted(set(text[train]))
-        channels.append((text[:, None] == np.array(categories)) & np.isin(categories, trained))
-        covariates.append({"name": name, "categories": categories, "categories_in_training": trained})
-    joined = np.concatenate(channels, axis=1) if channels else np.empty((len(flat), 0))
-    training = samples.x[train]
-    record = {
-        "bands": samples.columns.bands,
-        "steps": samples.columns.steps,
-        "study_var": samples.columns.target,
-        "predictor_mean": scaler.mean_.tolist(),
-        "predictor_sd": scaler.scale_.tolist(),
-        "predictor_order": "bands fastest within a step, covariates after them",
-        "value_range": {
-            band: [float(training[:, index].min()), float(training[:, index].max())]
-            for index, band in enumerate(samples.columns.bands)
-        },
-        "covariates": covariates,
-    }
-    return Inputs(scaled, joined.astype(np.float32), record)
-
-
-def channels(inputs: Inputs) -> NDArray[np.float32]:
-    """Input of a network, (sample, channel, step): the bands, then each covariate as a channel that is constant in time."""
-    constant = np.broadcast_to(inputs.covariates[:, :, None], (*inputs.covariates.shape, inputs.x.shape[2]))
-    return np.concatenate([inputs.x, constant], axis=1)

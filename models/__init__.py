@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from models.additive_gaussian_process import AdditiveGaussianProcess
 from models.bilstm import BiLSTM
 from models.classical import Estimator, GaussianProcess, Ridge, Rocket
 from models.fcn import FCN
 from models.inception_time import InceptionTime
 from models.mlp import MLP
+from models.plot_ensemble import PlotEnsemble
 from models.residual_net import ResidualNet
 from models.resnet18t import ResNet18T
 from models.transformer import Transformer
@@ -35,10 +37,16 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "ResidualNet": ResidualNet,
     "InceptionTime": InceptionTime,
     "ResNet18T": ResNet18T,
+    "PlotEnsemble": PlotEnsemble,
 }
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {"Rocket": Rocket, "Ridge": Ridge, "GaussianProcess": GaussianProcess}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "Rocket": Rocket,
+    "Ridge": Ridge,
+    "GaussianProcess": GaussianProcess,
+    "AdditiveGaussianProcess": AdditiveGaussianProcess,
+}
 
 
 class ModelFlag(NamedTuple):
@@ -82,6 +90,11 @@ def model_flags() -> dict[str, ModelFlag]:
         else:
             flags[name] = ModelFlag(_auto_or_parsed_by_model, "auto", f"{models}: {text}; auto: the architecture's own")
     return flags
+
+
+def knows_plots(flags: Mapping[str, Any]) -> bool:
+    """Whether the model of a run reads the surroundings of a row in its table: its plot's other years, region and year."""
+    return flags["model"] == "AdditiveGaussianProcess" or (flags["model"] in NETWORKS and flags.get("plot_context", False))
 
 
 def _auto_or_parsed_by_model(text: str) -> Any:

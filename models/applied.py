@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from datasets.finished_run import Covariates, Trained, read_trained
+from datasets.plot_context import Names
 from models.saved import SavedFold, load_folds, permutation_importance, predict_fold
 from utils.applicability import Applicability, area_of_applicability, dissimilarity
 from utils.conformal import Residuals, interval, residuals_of
@@ -90,19 +91,22 @@ def load(folder: Path, area: Path, level: float, device: torch.device) -> Applie
     return Applied(load_folds(folder, device), trained.categories, residuals, kept, level)
 
 
-def apply(applied: Applied, x: NDArray[np.floating], covariates: Covariates) -> NDArray[np.float64]:
+def apply(
+    applied: Applied, x: NDArray[np.floating], covariates: Covariates, names: Names | None = None
+) -> NDArray[np.float64]:
     """What a run says of new samples.
 
     Args:
         applied: the run.
         x: (sample, band, step), in the units of the run's table.
         covariates: of the samples.
+        names: of their plots, regions and years, all rows of a plot at once; None: pixels, which have none.
 
     Returns:
         (result, sample), in the order of `RESULTS`: mean and standard deviation over folds and their members, the ends of
         the interval, dissimilarity index, and 1 inside the area of applicability, 0 outside.
     """
-    predictions = np.stack([predict_fold(fold, x, covariates) for fold in applied.folds])  # (fold, member, sample)
+    predictions = np.stack([predict_fold(fold, x, covariates, names) for fold in applied.folds])  # (fold, member, sample)
     lower, upper = interval(applied.residuals, torch.from_numpy(predictions.mean(1)), applied.level)
     index = dissimilarity(applied.area, torch.from_numpy(predictors_of(applied.categories, x, covariates))).numpy()
     inside = index <= applied.area.threshold

@@ -1,9 +1,9 @@
 """Estimators that are fitted in a single call: ridge regression, Gaussian process and Rocket.
 
-Each has `fit(x, covariates, y)` and `predict(x, covariates)` on standardised predictors x (sample, band, step) and
-covariates (sample, channel), and `tensors()`: arrays from which `from_tensors` builds the fitted estimator again, so that
-nothing needs to be pickled. Ridge regression and the Gaussian process need no validation rows and are fitted on them, too;
-Rocket, as published, is fitted on the training rows alone.
+Each has `fit(inputs, y)` and `predict(inputs)`, of inputs as `model_inputs.standardise` makes them, and `tensors()`: arrays
+from which `from_tensors` builds the fitted estimator again, so that nothing needs to be pickled. Ridge regression and the
+Gaussian process need no validation rows and are fitted on them, too; Rocket, as published, is fitted on the training rows
+alone.
 """
 
 import warnings
@@ -18,6 +18,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
+from datasets.model_inputs import Inputs
 from utils.errors import InputError
 
 NOISE = 1e-5  # of Rocket's maxima, sums of up to some dozen products of about 1
@@ -33,9 +34,9 @@ class Estimator(Protocol):
 
     def __init__(self, seed: int, **flags: int) -> None: ...
 
-    def fit(self, x: Array, covariates: Array, y: Array) -> Self: ...
+    def fit(self, inputs: Inputs, y: Array) -> Self: ...
 
-    def predict(self, x: Array, covariates: Array) -> Array: ...
+    def predict(self, inputs: Inputs) -> Array: ...
 
     def tensors(self) -> dict[str, NDArray[Any]]: ...
 
@@ -57,14 +58,14 @@ class Ridge:
     def __init__(self, seed: int) -> None:
         self.model = RidgeCV(alphas=np.logspace(-3, 4, 15))
 
-    def fit(self, x: Array, covariates: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,)."""
-        self.model.fit(flat(x, covariates), y.astype(np.float64))
+    def fit(self, inputs: Inputs, y: Array) -> Self:
+        """Fit on inputs and y (sample,)."""
+        self.model.fit(flat(inputs.x, inputs.covariates), y.astype(np.float64))
         return self
 
-    def predict(self, x: Array, covariates: Array) -> Array:
+    def predict(self, inputs: Inputs) -> Array:
         """(sample,) float64."""
-        return np.asarray(self.model.predict(flat(x, covariates)))
+        return np.asarray(self.model.predict(flat(inputs.x, inputs.covariates)))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Coefficients and intercept."""
@@ -89,17 +90,17 @@ class GaussianProcess:
         kernel = ConstantKernel(1.0) * RBF(10.0) + WhiteKernel(1.0)
         self.model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
 
-    def fit(self, x: Array, covariates: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,); the kernel by maximum likelihood."""
+    def fit(self, inputs: Inputs, y: Array) -> Self:
+        """Fit on inputs and y (sample,); the kernel by maximum likelihood."""
         with warnings.catch_warnings():
             # A noise level at its lower bound is a valid result: 1e-5 of the target's variance is practically none.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self.model.fit(flat(x, covariates), y.astype(np.float64))
+            self.model.fit(flat(inputs.x, inputs.covariates), y.astype(np.float64))
         return self
 
-    def predict(self, x: Array, covariates: Array) -> Array:
+    def predict(self, inputs: Inputs) -> Array:
         """(sample,) float64, the posterior mean."""
-        return np.asarray(self.model.predict(flat(x, covariates)))
+        return np.asarray(self.model.predict(flat(inputs.x, inputs.covariates)))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Kernel hyper-parameters (log), training predictors, dual weights, and the target's mean and scale."""
@@ -145,27 +146,27 @@ class Rocket:
         self.scaler = StandardScaler(with_mean=False)
         self.ridge = RidgeCV(alphas=np.logspace(-3, 3, 10))
 
-    def _features(self, x: Array, covariates: Array) -> Array:
-        features = np.asarray(self.transform.transform(x.astype(np.float32)), dtype=np.float64)
-        return np.concatenate([features, covariates], axis=1)
+    def _features(self, inputs: Inputs) -> Array:
+        features = np.asarray(self.transform.transform(inputs.x.astype(np.float32)), dtype=np.float64)
+        return np.concatenate([features, inputs.covariates], axis=1)
 
-    def fit(self, x: Array, covariates: Array, y: Array) -> Self:
-        """Fit on x (sample, band, step), covariates (sample, channel), y (sample,)."""
-        if x.shape[2] < 2:
+    def fit(self, inputs: Inputs, y: Array) -> Self:
+        """Fit on inputs and y (sample,)."""
+        if inputs.x.shape[2] < 2:
             raise InputError(
                 "Rocket normalises each series by its own mean and deviation, which takes at least 2 time steps"
             )
-        self.transform.fit(x.astype(np.float32))
-        features = self._features(x, covariates)
+        self.transform.fit(inputs.x.astype(np.float32))
+        features = self._features(inputs)
         self.scaler.fit(features)
         # A maximum that differs by what single precision rounds off is noise, which its own scale would blow up.
         self.scaler.scale_[self.scaler.scale_ < NOISE] = 1
         self.ridge.fit(self.scaler.transform(features), y.astype(np.float64))
         return self
 
-    def predict(self, x: Array, covariates: Array) -> Array:
+    def predict(self, inputs: Inputs) -> Array:
         """(sample,) float64."""
-        return np.asarray(self.ridge.predict(self.scaler.transform(self._features(x, covariates))), dtype=np.float64)
+        return np.asarray(self.ridge.predict(self.scaler.transform(self._features(inputs))), dtype=np.float64)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The kernels, the scales of the features and covariates, and the ridge's coefficients and intercept."""

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import main
+from datasets.model_inputs import Inputs
 from datasets.published_grassland import BANDS, PREDICTORS
 from datasets.series_table import demo_table, prepare, split
 from main import Run
@@ -230,7 +231,7 @@ def test_estimators_go_through_the_same_door(run_main: Callable[..., Ended], tmp
     each = []
     for member in range(1, members + 1):
         own = {k.split(".")[1]: v.numpy() for k, v in tensors.items() if k.startswith(f"member_{member}.")}
-        each.append(ESTIMATORS[model].from_tensors(own).predict(x, np.empty((len(x), 0), np.float32)))
+        each.append(ESTIMATORS[model].from_tensors(own).predict(Inputs(x, np.empty((len(x), 0), np.float32), {})))
     np.testing.assert_allclose(np.mean(each, axis=0), rows["predicted"], rtol=1e-4)
     assert (rows["predicted_sd"].max() > 0) == (members > 1)
 

@@ -8,6 +8,7 @@ import torch
 from conftest import DEFAULTS, golden
 from torch import nn
 
+from datasets.model_inputs import Inputs
 from models import ESTIMATORS, NETWORKS, make_network, model_flags, own_flags
 from models.classical import GaussianProcess, Ridge, Rocket
 from utils.errors import InputError
@@ -65,7 +66,7 @@ def test_published_parameter_counts() -> None:
         "InceptionTime": 525_461,
         "ResNet18T": 186_817,
     }
-    assert published.keys() == NETWORKS.keys()
+    assert published.keys() | {"PlotEnsemble"} == NETWORKS.keys()
     for model, count in published.items():
         assert sum(p.numel() for p in make_network(model, 10, 16, {}).parameters()) == count
 
@@ -145,7 +146,8 @@ def test_keyword_arguments_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (flags["dropout"].default, flags["dropout"].help) == ("0.5", "WithSettings: share of features dropped.")
     assert flags["norm"].default == "yes" and flags["norm"].type("no") is False
     # Architectures with different defaults share the flag.
-    assert flags["kernel_size"].default == "auto" and flags["kernel_size"].help.startswith("ResNet18T, WithSettings: ")
+    assert flags["kernel_size"].default == "auto"
+    assert flags["kernel_size"].help.startswith("ResNet18T, PlotEnsemble, WithSettings: ")
     assert own_flags(WithSettings, {"kernel_size": None, "dropout": 0.1})["kernel_size"] == 7
     assert own_flags(WithSettings, {"kernel_size": "9"}) == {"dropout": 0.5, "kernel_size": 9, "norm": True}
     with pytest.raises(InputError, match="kernel_size: 'wide' is not a whole number"):
@@ -189,16 +191,17 @@ def sample_problem(covariates: int = 0, steps: int = 16) -> Problem:
 def test_an_estimator_is_rebuilt_from_its_tensors(name: str, covariates: int, steps: int) -> None:
     x, further, y = sample_problem(covariates, steps)
     flags = {"num_kernels": 100} if name == "Rocket" else {}
-    fitted = ESTIMATORS[name](seed=3, **flags).fit(x[:40], further[:40], y[:40])
+    fitted = ESTIMATORS[name](seed=3, **flags).fit(Inputs(x[:40], further[:40], {}), y[:40])
     again = ESTIMATORS[name].from_tensors(fitted.tensors())
-    np.testing.assert_allclose(again.predict(x[40:], further[40:]), fitted.predict(x[40:], further[40:]), rtol=1e-6)
+    new = Inputs(x[40:], further[40:], {})
+    np.testing.assert_allclose(again.predict(new), fitted.predict(new), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_learn_from_covariates(name: str) -> None:
     x, further, y = sample_problem(covariates=2)
     estimator = ESTIMATORS[name](seed=3, **({"num_kernels": 100} if name == "Rocket" else {}))
-    predicted = estimator.fit(x[:200], further[:200], y[:200]).predict(x[200:], further[200:])
+    predicted = estimator.fit(Inputs(x[:200], further[:200], {}), y[:200]).predict(Inputs(x[200:], further[200:], {}))
     assert np.corrcoef(predicted, y[200:])[0, 1] > 0.6
 
 
@@ -207,20 +210,21 @@ def test_rocket_is_sktimes_rocket_regressor() -> None:
 
     x, none, y = sample_problem()
     reference = RocketRegressor(num_kernels=100, use_multivariate="yes", random_state=5).fit(x[:40], y[:40])
-    ours = Rocket(seed=5, num_kernels=100).fit(x[:40], none[:40], y[:40])
-    np.testing.assert_allclose(ours.predict(x[40:], none[40:]), reference.predict(x[40:]), rtol=1e-4, atol=1e-5)
+    ours = Rocket(seed=5, num_kernels=100).fit(Inputs(x[:40], none[:40], {}), y[:40])
+    np.testing.assert_allclose(ours.predict(Inputs(x[40:], none[40:], {})), reference.predict(x[40:]), rtol=1e-4, atol=1e-5)
 
 
 def test_rocket_makes_nothing_of_rounding() -> None:
     """In short series some kernels give the same number for all but what single precision rounds off."""
     x, none, y = sample_problem(steps=5)
-    rocket = Rocket(seed=3, num_kernels=100).fit(x[:200], none[:200], y[:200])
+    rocket = Rocket(seed=3, num_kernels=100).fit(Inputs(x[:200], none[:200], {}), y[:200])
     moved = np.nextafter(x[200:], np.float32(np.inf))
-    np.testing.assert_allclose(rocket.predict(moved, none[200:]), rocket.predict(x[200:], none[200:]), atol=1e-3)
+    after, before = (rocket.predict(Inputs(one, none[200:], {})) for one in (moved, x[200:]))
+    np.testing.assert_allclose(after, before, atol=1e-3)
 
 
 def test_ridge_and_gaussian_process_find_a_linear_signal() -> None:
     x, none, y = sample_problem()
     for estimator in (Ridge(seed=0), GaussianProcess(seed=0)):
-        predicted = estimator.fit(x[:200], none[:200], y[:200]).predict(x[200:], none[200:])
+        predicted = estimator.fit(Inputs(x[:200], none[:200], {}), y[:200]).predict(Inputs(x[200:], none[200:], {}))
         assert np.corrcoef(predicted, y[200:])[0, 1] > 0.5

@@ -8,18 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from datasets.model_inputs import channels, standardise
 from datasets.published_grassland import BANDS, PREDICTORS, STUDY_VARIABLES
 from datasets.series_table import (
     FOLDS,
     Samples,
     Table,
-    channels,
     demo_table,
     describe,
     prepare,
     read_table,
     split,
-    standardise,
 )
 from utils.errors import InputError
 

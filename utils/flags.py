@@ -156,6 +156,11 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "auto" else parse(text)
 
 
+def none_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The word none, or what `parse` accepts."""
+    return lambda text: text if text == "none" else parse(text)
+
+
 def assignment(name: str, value: Any) -> str:
     """`name=value` as a user types it after `guild run`."""
     if isinstance(value, bool):
@@ -193,7 +198,8 @@ class FlagParser(argparse.ArgumentParser):
     def changed(self, flags: dict[str, Any], names: Sequence[str]) -> list[str]:
         """`name value` for each of the named flags that is not at its default."""
         defaults = self.parse_flags([])
-        return [f"{name} {flags[name]}" for name in names if flags[name] != defaults[name]]
+        changed = {name: flags[name] for name in names if flags[name] != defaults[name]}
+        return [f"{name} {('no', 'yes')[value] if isinstance(value, bool) else value}" for name, value in changed.items()]
 
     def _joined(self, arguments: Sequence[str]) -> list[str]:
         """Join each flag and its value into one argument: on its own, a value like -9999,0 would be taken for a flag."""

@@ -39,6 +39,8 @@ class FoldRecord:
         seconds_test: of predicting the test rows.
         history: a record an epoch: epoch (from 1, warm-up included), loss_train, lr and, where validated, loss_val.
         predictions: (member, test row) float32 once the fold is tested.
+        predicted_sd: (test row,) of an observation, of models that predict a distribution.
+        variances: that each term of an additive model explains, in the target's unit squared.
     """
 
     number: int
@@ -55,6 +57,8 @@ class FoldRecord:
     seconds_test: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     predictions: Tensor | None = None
+    predicted_sd: Tensor | None = None
+    variances: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in it as numbers, tensors, lists and dictionaries, for a checkpoint."""

@@ -239,6 +239,52 @@ def losses(
     return figure
 
 
+TERMS = {
+    "plot_mean": "mean series of the plot",
+    "series": "series of the year",
+    "deviation": "deviation from the plot's mean",
+    "plot": "plot, beyond its series",
+    "region": "region",
+    "year": "year",
+    "region_year": "region in a year",
+    "noise": "not explained",
+}
+"""Names of an additive model's terms in a picture, from top to bottom."""
+
+
+@paper_style()
+def terms(folds: Sequence[Mapping[str, float]], title: str) -> "Figure":
+    """What explains the plots: the share of each term of an additive model in the variance, mean and folds.
+
+    Args:
+        folds: for each, the variance by term.
+        title: title of the plot.
+    """
+    from matplotlib.figure import Figure
+
+    names = [term for term in TERMS if any(term in fold for fold in folds)]
+    shares = np.array([[100 * fold.get(term, 0.0) / sum(fold.values()) for term in names] for fold in folds])
+    figure = Figure(figsize=(COLUMN, (22 + 7 * len(names)) * MM))
+    axes = figure.add_subplot()
+    places = np.arange(len(names))
+    axes.barh(
+        places, shares.mean(0), height=0.6, color=[GREY if term == "noise" else COLOURS[0] for term in names], alpha=0.5
+    )
+    for index, fold in enumerate(shares):
+        axes.plot(fold, places, "o", color="black", markersize=2.5, label="a fold" if index == 0 else None)
+    for place, share in zip(places, shares.mean(0), strict=True):
+        axes.annotate(
+            f"{share:.0f} %", (shares[:, place].max(), place), (4, 0), textcoords="offset points", va="center", fontsize=7
+        )
+    axes.set_yticks(places, [TERMS[term] for term in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * shares.max())
+    axes.set_xlabel("% of the variance")
+    axes.legend(loc="lower right", handletextpad=0)
+    figure.suptitle(wrapped(f"What explains the plots\n{title}", 52))
+    return figure
+
+
 def loss_limits(histories: Sequence[Sequence[Mapping[str, float]]]) -> tuple[float, float] | None:
     """Limits of a logarithmic axis of losses; None if all losses are 0.
 

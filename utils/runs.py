@@ -292,6 +292,20 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**25)  # the largest value that mmap_threshold accepts
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A block that PyTorch computes on one thread.
+
+    Of several threads on small matrices one waits for the other: for minutes, where other programs share the cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def choose_device(name: str) -> torch.device:
     """The device called auto, cpu, cuda or cuda:N.
 

@@ -5,6 +5,7 @@ import torch
 
 # The purposes of generators, which are part of their seeds.
 INITIAL_WEIGHTS, SHUFFLE, DROPOUT, ESTIMATOR_MEMBERS, BASELINE_PIXELS, WINDOWS, STATISTICS, PERMUTATIONS, EXPORT = range(9)
+BOOTSTRAP = 9
 
 
 def seed_for(seed: int, purpose: int, *key: int) -> int:
