@@ -17,7 +17,7 @@ from typing import Any
 import pyproj
 from rasterio.crs import CRS
 
-from datasets.canopy.catalogue import CONTEXTS, SIMULATED
+from datasets.canopy.catalogue import CONTEXTS
 from datasets.canopy.inputs_contexts import (
     LEAST_BUFFER,
     LEFT_OUT,
@@ -63,6 +63,7 @@ from utils.errors import InputError
 from utils.flags import FlagParser, auto_or, names_in, number_of, one_of, real, whole
 from utils.plots import save_plot
 from utils.runs import add_to_label, called_from, project_folder, run_or_explain, say, versions, write_json, write_text
+from utils.simulated import MARK, is_simulated
 
 STEPS = ("lidar", "mask", "contexts", "images", "angles", "statistics")
 PLACES = "inputs.json"  # says where the LiDAR and the products of a folder are
@@ -137,8 +138,8 @@ def main() -> None:
     crs, lidar, squares, products = find_inputs(flags, places, steps)
     if places["simulated"]:
         say(f"The inputs are simulated: {', '.join(sorted({places['lidar'], places['products']} - {'none'}))}")
-        write_text(out / SIMULATED, "Made from simulated products or points; nothing here was measured.\n")
-    elif (out / SIMULATED).exists():
+        write_text(out / MARK, "Made from simulated products or points; nothing here was measured.\n")
+    elif (out / MARK).exists():
         raise InputError(f"{out} holds simulated tiles; give real ones another folder with out=...")
     write_json(out / PLACES, places)
     run = Run(flags, out, crs, places["simulated"])
@@ -187,17 +188,13 @@ def find_places(flags: Mapping[str, Any], out: Path) -> dict[str, Any]:
         raise InputError("lidar=... is missing: a folder or list of LAS, LAZ or COPC files, or of rasters of heights")
     if places["products"] is None and flags["tile"] == "auto":
         raise InputError("products=... is missing; for the steps that need no image, tile=31TDL, say, takes its place")
-    return {**places, "products": places["products"] or "none", "simulated": any(map(is_simulated, places.values()))}
+    simulated = any(place is not None and is_simulated(Path(place)) for place in places.values())
+    return {**places, "products": places["products"] or "none", "simulated": simulated}
 
 
 def absolute(places: str) -> str:
     """A folder as an absolute path, so that it is found from elsewhere, too; a list or an address as it is."""
     return str((called_from() / places).resolve()) if (called_from() / places).exists() else places
-
-
-def is_simulated(place: str | None) -> bool:
-    """Whether a folder, or one that holds it, says so."""
-    return place is not None and any((folder / SIMULATED).exists() for folder in (Path(place), *Path(place).parents[:3]))
 
 
 def find_inputs(

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
+from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, angle_channels
 from datasets.canopy.cell_dates import (
     DATES_OUTPUT,
     UNKNOWN,
@@ -59,9 +59,9 @@ from utils.runs import (
     versions,
     write_json,
 )
+from utils.simulated import is_simulated
 
 CHECKPOINTS = ("best", "second_best", "last")  # that the spread is over
-LEVELS = 4  # of folders between an image and the mark of simulated ones, at most
 # What a map depends on, beside model, images and area.
 DATE_FLAGS = ("cell", "max_cloud", "max_dates", "max_missing", "min_dates", "min_valid")
 IDENTITY_FLAGS = (*DATE_FLAGS, "delta_day", "precision", "resampling", "uncertainty", "window")
@@ -125,7 +125,7 @@ def main() -> None:
     images = images_of(flags["images"])
     settings = {"resampling": flags["resampling"], "bounds": rasters.degrees_of(flags["area"], called_from())}
     series = find_series(images, called_from(), flags["year"], record["angles"], say, **settings)
-    simulated = is_simulated(series)
+    simulated = any(is_simulated(Path(image.path)) for image in series.images)
     if simulated:
         say(f"The images are simulated: {images}")
     area = rasters.area_window(flags["area"], series.grid, called_from())
@@ -197,12 +197,6 @@ def images_of(images: str) -> str:
     table = pd.read_parquet(sorted(root.glob("patches/*/*.parquet"))[0])
     square = table[table["context"] == "test"].iloc[0]
     return str(root / "patches" / square["tile_name"] / square["lidarhd_id"])
-
-
-def is_simulated(series: ImageSeries) -> bool:
-    """Whether images lie below a folder that is marked as simulated."""
-    folders = {folder for image in series.images for folder in Path(image.path).absolute().parents[:LEVELS]}
-    return any((folder / SIMULATED).exists() for folder in folders)
 
 
 def inputs_of(flags: dict[str, Any], series: ImageSeries, area: Window, reach: int) -> MapInputs:

@@ -63,6 +63,7 @@ from utils.runs import (
     whole_file,
     write_json,
 )
+from utils.simulated import is_simulated
 
 AREA = Path("applicability.safetensors")
 SIMULATED, SIMULATED_RASTERS = "simulated", "simulated_rasters"
@@ -359,7 +360,7 @@ def predict_map(
         )
     series, grid, said = find_rasters(name, called_from(), trained, flags["covariates"], nodata)
     say(f"Rasters: {grid.width} x {grid.height} pixels of {grid.transform.a:g}, {grid.crs.to_string()}. {'. '.join(said)}")
-    simulated = flags["input"] == SIMULATED_RASTERS
+    simulated = flags["input"] == SIMULATED_RASTERS or is_simulated(Path(series.predictors[0][0].file))
     output = map_output("" if trained.flags["unit"] == "auto" else trained.flags["unit"])
     identity = {
         "run": trained.folder.name if flags["run"] == "newest" else flags["run"],

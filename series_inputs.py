@@ -62,7 +62,10 @@ from utils.runs import (
     versions,
     whole_file,
     write_json,
+    write_text,
 )
+from utils.simulated import MARK as SIMULATED_MARK
+from utils.simulated import is_simulated
 
 SIMULATED, NONE = "simulated", "none"
 UNIT = "reflectance x 10 000"
@@ -129,7 +132,6 @@ def main() -> None:
     out = output_of(flags, simulated)
     refuse_what_cannot_be_written(out)
     add_to_label("series-inputs", "", parser.changed(flags, ("places", "observations", "method", "steps", "indices")))
-    note = " (simulated)" if simulated else ""
     if flags["places"] == NONE and flags["area"] == NONE and flags["observations"] == NONE:
         raise InputError("places=none and area=none leave nothing to write; places=... makes a table, area=... rasters")
     if flags["observations"] != NONE:
@@ -138,11 +140,12 @@ def main() -> None:
     if simulated:
         flags |= simulated_inputs(flags)
     tiles, channels, years = products_of(flags, rules)
+    simulated = simulated or any(is_simulated(Path(product.path)) for tile in tiles for product in tile.products)
     with rasters.workers(flags["workers"] or worthwhile_workers(tiles, channels)) as run:
         if flags["places"] != NONE:
             write_table(out, from_products(flags, rules, tiles, channels, years, run), rules, flags, simulated)
         if flags["area"] != NONE:
-            write_stacks(out, flags, tiles, channels, rules, years, note, run)
+            write_stacks(out, flags, tiles, channels, rules, years, " (simulated)" if simulated else "", run)
 
 
 def worthwhile_workers(tiles: Sequence[Tile], channels: Channels) -> int:
@@ -433,6 +436,8 @@ def write_stack(folder: Path, flags: Mapping[str, Any], grid: Grid, spec: StackS
     rasters.write_map(beside, grid, outputs, windows, results, identity, tags, f"Series of {year}...")
     document = {**identity, "rules": rules._asdict(), "bands": list(channels.names), "products": [name for name, _ in names]}
     write_json(beside / "series.json", document)
+    if note:
+        write_text(beside / SIMULATED_MARK, "Made from simulated products; nothing here was measured.\n")
     beside.rename(folder)
     say(f"Rasters: {folder}, {len(outputs)} steps x {len(layers)} bands, {grid.width} x {grid.height} pixels{note}")
     say(f"Next: `guild run predict input={folder}` with a run that was trained on the table")

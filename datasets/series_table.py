@@ -13,6 +13,7 @@ key and covariates are optional. The published grassland table is one such table
 import csv
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from sklearn.model_selection import GroupKFold, GroupShuffleSplit
 from datasets import published_grassland
 from datasets.demo_table import simulate_table
 from utils.errors import InputError
+from utils.simulated import is_simulated
 
 SPLIT_PROCEDURES = ("split_by_plot", "split_by_observatory", "split_by_year")
 FOLDS = 5
@@ -148,7 +150,17 @@ def read_table(path: Path) -> Table:
         ) from error
     rows.columns = rows.columns.map(str).str.strip()
     name = f"{path.name}#{rows.attrs['sheet']}" if "sheet" in rows.attrs else path.name
-    return Table(rows, name, hashlib.sha256(path.read_bytes()).hexdigest(), simulated=False)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Table(rows, name, digest, is_simulated(path) or _made_from_simulated(path, digest))
+
+
+def _made_from_simulated(path: Path, digest: str) -> bool:
+    """Whether the record that series-inputs leaves beside a table says that it is of simulated products."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("sha256") == digest and record.get("simulated") is True
 
 
 def _read_sheet(path: Path, sheet: str | int) -> pd.DataFrame:

@@ -30,6 +30,8 @@ from datasets.canopy.inputs_images import codes_of, quality_of
 from datasets.canopy.inputs_squares import RECORDS
 from datasets.products import CLEAR, CLOUD, MISSING, WATER, find_products
 from datasets.products.demo_safe import write_safe
+from datasets.products.demo_stac import write_stac
+from datasets.products.demo_theia import write_theia
 from utils.rasters import Grid
 
 UTM = CRS.from_epsg(32631)
@@ -48,7 +50,7 @@ def run_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Products of six dates and points of four squares: products/, points/."""
+    """Products of six dates, of SAFE, Theia and STAC, and points of four squares: products/, points/."""
     folder = tmp_path_factory.mktemp("raw")
     (folder / "points").mkdir()
     for number, east in enumerate(SQUARES):
@@ -66,7 +68,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = image.astype(np.int16)
         if number == 2:
             states[:, 640:], image[:, :, 640:] = MISSING, NODATA
-        write_safe(folder / "products", grid, day, image, states, ANGLES + np.array([0, 0, 0, number]))
+        others: dict[int, Callable[..., Path]] = {3: write_theia, 4: write_stac}
+        write = others.get(number, write_safe)
+        place = folder / "products" / ("catalogue" if write is write_stac else "")
+        write(place, grid, day, image, states, ANGLES + np.array([0, 0, 0, number]))
     return folder
 
 

@@ -30,7 +30,7 @@ from rio_cogeo.cogeo import cog_validate
 from scipy import ndimage
 from test_guild import SHORT_CANOPY
 
-from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, SIMULATED, angle_channels
+from datasets.canopy.catalogue import ANGLE_CHANNELS, BANDS, NODATA, angle_channels
 from datasets.canopy.image_series import Limits, choose_dates, extended
 from datasets.canopy.map_reference import MapReference
 from datasets.canopy.reference import at_resolution, drop_low_and_isolated
@@ -40,6 +40,7 @@ from models.threasure_net import QUERY_DAY, ThreasureNet, make_network
 from utils.rasters import Grid
 from utils.runs import read_tensors, write_json, write_tensors
 from utils.seeds import INITIAL_WEIGHTS, generator_for
+from utils.simulated import MARK
 
 ROWS, COLUMNS = 70, 101  # image pixels
 STEP = 45  # days between images
@@ -524,7 +525,7 @@ def test_without_run_and_images_the_newest_run_maps_simulated_ones(
     run_canopy_map: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_root(tmp_path / "root", squares={"0441_6741": "test"}, images=3)
-    (root / SIMULATED).touch()
+    (root / MARK).touch()
     monkeypatch.setattr("canopy_map.demo_root", lambda _: root)
     monkeypatch.setenv("GUILD_HOME", str(tmp_path))
     refused = run_canopy_map()

@@ -15,7 +15,7 @@ from products import ANGLES, COLUMNS, GRID, ROWS, image, states
 from rasterio.windows import Window
 from test_canopy_map import read, write_run
 
-from datasets.canopy.catalogue import PATCH_SIZE, SIMULATED
+from datasets.canopy.catalogue import PATCH_SIZE
 from datasets.canopy.cell_dates import MapInputs, angles_of_cells
 from datasets.canopy.image_series import Limits, find_series
 from datasets.products import CLOUD, MISSING, NODATA, demo, find_products
@@ -26,6 +26,7 @@ from datasets.products.safe import SafeProduct
 from datasets.products.stac import StacProduct
 from datasets.products.theia import TheiaProduct
 from utils.rasters import Grid
+from utils.simulated import MARK
 
 FLAGS = ["cell=16", "window=16", "precision=32", "max_cloud=100", "min_valid=0", "max_missing=100"]
 VIEW_ZENITH = np.array([0.0, 0, 1, 0])
@@ -133,7 +134,7 @@ def test_the_simulated_year_has_products_of_all_kinds_and_the_truth_beside_them(
     for name, value in (("ACROSS", 1), ("SIDE", PATCH_SIZE), ("DATES", 5)):
         monkeypatch.setattr(demo, name, value)
     folder = demo.demo_products(tmp_path)
-    assert demo.demo_products(tmp_path) == folder and (folder / SIMULATED).exists()
+    assert demo.demo_products(tmp_path) == folder and (folder / MARK).exists()
     products = find_products("products", folder)
     kinds = [type(product) for product in products]
     assert kinds == [SafeProduct, SafeProduct, TheiaProduct, StacProduct, SafeProduct]

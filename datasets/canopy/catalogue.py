@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from utils.canopy import FACTORS
 from utils.errors import InputError
+from utils.simulated import MARK
 
 BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 NODATA = -10000  # of images
@@ -46,7 +47,6 @@ BORDER = 25  # image pixels of a patch around its square
 PATCH_SIZE = SQUARE_SIZE + 2 * BORDER
 CONTEXTS = ("training", "validation", "test")
 CHOICES = ("auto", "yes", "no")
-SIMULATED = "SIMULATED.txt"  # file that marks a simulated root
 
 ANGLES = ("sun_zenith", "sun_azimuth", "view_zenith", "view_azimuth")
 ANGLE_CHANNELS = 6
@@ -117,7 +117,7 @@ class Catalogue(NamedTuple):
     @property
     def simulated(self) -> bool:
         """Whether the tiles are simulated."""
-        return (self.root / SIMULATED).exists()
+        return (self.root / MARK).exists()
 
     def report(self) -> list[str]:
         """Lines for the user: the folder, what was left out, and whether angles and masks are used."""

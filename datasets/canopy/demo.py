@@ -43,9 +43,10 @@ from scipy import ndimage, sparse, special
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SIMULATED, SQUARE_SIZE
+from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE
 from datasets.canopy.reference import vegetation_mask
 from utils.errors import InputError
+from utils.simulated import MARK
 
 Floats = NDArray[np.float32]
 Reals = NDArray[np.float64]
@@ -313,7 +314,7 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
     by_tile: dict[str, list[Rows]] = {}
     for task, rows in zip(tasks, made, strict=True):
         by_tile.setdefault(task.square.tile, []).append(rows)
-    (root / SIMULATED).write_text("Tiles drawn by datasets/canopy/demo.py; nothing here was measured.\n")
+    (root / MARK).write_text("Tiles drawn by datasets/canopy/demo.py; nothing here was measured.\n")
     for index, (name, patches) in enumerate(by_tile.items()):
         _write_tables(root, name, patches, np.random.default_rng((seed, index, TABLE_STREAM)))
 

@@ -20,11 +20,11 @@ from pyproj import CRS
 from rasterio.windows import from_bounds
 from tqdm import tqdm
 
-from datasets.canopy.catalogue import SIMULATED
 from datasets.canopy.demo import CELL, WATER
 from datasets.products.point_clouds import GPS_EPOCH, GPS_OFFSET, GROUND, UNCLASSIFIED, VEGETATION
 from datasets.products.point_clouds import WATER as WATER_CLASS
 from utils.errors import InputError
+from utils.simulated import MARK
 
 SIMULATION = 1  # version, part of the folder's name: raise it with every change of the files
 KM = 1000
@@ -57,7 +57,7 @@ def demo_cloud(place: Path, root: Path, seed: int = 2024) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
         try:
-            (beside / SIMULATED).write_text("Points drawn by datasets/canopy/inputs_demo.py; nothing here was measured.\n")
+            (beside / MARK).write_text("Points drawn by datasets/canopy/inputs_demo.py; nothing here was measured.\n")
             _simulate(place, beside, seed)
             beside.chmod(0o755)  # temporary folders are accessible to their owner only
             beside.rename(folder)

@@ -6,6 +6,7 @@ round plots, one a parcel, with the diversity of their plants.
 """
 
 import datetime
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,7 +20,6 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from datasets.canopy.catalogue import SIMULATED
 from datasets.canopy.demo import sun_angles
 from datasets.demo_table import simulate_season
 from datasets.products import CLEAR, CLOUD
@@ -27,6 +27,7 @@ from datasets.products.demo_safe import write_safe
 from datasets.published_grassland import BANDS
 from utils.errors import InputError
 from utils.rasters import Grid
+from utils.simulated import MARK
 
 SIMULATION = 1  # version, part of the folder's name: raise it with every change of the files
 SEED = 2028
@@ -85,8 +86,9 @@ def _simulate(root: Path) -> None:
     points = geopandas.points_from_xy(*(corner + np.array([0, size[1]]) + centres * (1, -1)).T)
     places = geopandas.GeoDataFrame(plots, geometry=points, crs=GRID.crs.to_wkt())
     places.geometry = places.buffer(RADIUS)
+    logging.getLogger("pyogrio").setLevel(logging.WARNING)  # Guild shows all information that is logged
     places.to_file(root / "places.gpkg", layer="places")
-    (root / SIMULATED).write_text("Products drawn by datasets/place_series/demo.py; nothing here was measured.\n")
+    (root / MARK).write_text("Products drawn by datasets/place_series/demo.py; nothing here was measured.\n")
     for date in tqdm(range(0, len(days), EVERY), "Simulating products...", unit="product", leave=False):
         states = _states(rng)
         surface = seasons[:, date, ESA_ORDER].T[:, parcel] * (1 + GAIN_NOISE * rng.normal(size=(len(ESA_ORDER), 1, 1)))

@@ -29,13 +29,14 @@ from rasterio.crs import CRS
 from tqdm import tqdm
 
 from datasets.canopy import demo as canopy
-from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SIMULATED
+from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL
 from datasets.products.demo_safe import write_safe
 from datasets.products.demo_stac import write_stac
 from datasets.products.demo_theia import write_theia
 from datasets.products.product import CLEAR, CLOUD, MISSING, WATER
 from utils.errors import InputError
 from utils.rasters import Grid
+from utils.simulated import MARK
 
 SIMULATION = 1  # version, part of the folder's name: raise it with every change of the files
 ACROSS = 3  # landscapes along a side
@@ -106,7 +107,7 @@ def _simulate(folder: Path, seed: int) -> None:
     whole = canopy.Square(TILE, "", middle, CORNER[1] // 1000, 0, date(canopy.YEAR, 7, 1), ())  # for the orbit's edge
     acquisitions = canopy.draw_acquisitions([whole], (seed, 0), DATES)
     landscapes = list(tqdm(_landscapes(acquisitions, seed), "Simulating landscapes...", ACROSS**2, leave=False))
-    (folder / SIMULATED).write_text("Products drawn by datasets/products/demo.py; nothing here was measured.\n")
+    (folder / MARK).write_text("Products drawn by datasets/products/demo.py; nothing here was measured.\n")
     ground = _joined([seen.ground for seen in landscapes])
     _write_raster(folder / "heights.tif", _joined([seen.height for seen in landscapes]), 1, canopy.NO_HEIGHT)
     _write_raster(folder / "ground.tif", ground, canopy.CELL, None)
