@@ -139,7 +139,7 @@ def test_a_saved_fold_predicts_again_from_its_file_alone(run_main: Callable[...,
 
 def test_predictions_that_hardly_differ_are_told(run_main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a network whose rate was too high: its figures mean little."""
-    monkeypatch.setattr(Ridge, "predict", lambda _, x, __: 30 + 1e-3 * np.arange(len(x)))
+    monkeypatch.setattr(Ridge, "predict", lambda _, inputs: 30 + 1e-3 * np.arange(len(inputs.x)))
     done = run_main("dataset=demo", "model=Ridge")
     assert done.returncode == 0, done.stderr
     told = [line for line in lines_of(done.stdout) if "predictions hardly differ, sd 0.0" in line]
