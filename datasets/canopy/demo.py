@@ -24,8 +24,6 @@ are more informative; shadows fall beside the trees that cast them; and the poin
 variation in height is not visible at all.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date, timedelta
@@ -45,8 +43,7 @@ from tqdm import tqdm
 
 from datasets.canopy.catalogue import BANDS, NODATA, PATCH_SIZE, PIXEL, SQUARE_SIZE
 from datasets.canopy.reference import vegetation_mask
-from utils.errors import InputError
-from utils.simulated import MARK
+from utils.simulated import simulated_folder
 
 Floats = NDArray[np.float32]
 Reals = NDArray[np.float64]
@@ -281,24 +278,7 @@ def demo_root(folder: Path, seed: int = 2024, small: bool = False, processes: in
         InputError: the folder cannot be written.
     """
     root = folder / f"demo_tile_v{SIMULATION}_seed{seed}{'_small' if small else ''}"
-    if root.exists():
-        return root
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=folder))
-        try:
-            _simulate(beside, seed, small, processes)
-            beside.chmod(0o755)  # temporary folders are accessible to their owner only
-            try:
-                beside.rename(root)
-            except OSError:
-                if not root.exists():  # otherwise another process was faster, with the same files
-                    raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"the simulated tiles could not be written to {folder}: {error.strerror or error}") from error
-    return root
+    return simulated_folder(root, lambda beside: _simulate(beside, seed, small, processes), "tiles")
 
 
 def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None:
@@ -314,7 +294,6 @@ def _simulate(root: Path, seed: int, small: bool, processes: int | None) -> None
     by_tile: dict[str, list[Rows]] = {}
     for task, rows in zip(tasks, made, strict=True):
         by_tile.setdefault(task.square.tile, []).append(rows)
-    (root / MARK).write_text("Tiles drawn by datasets/canopy/demo.py; nothing here was measured.\n")
     for index, (name, patches) in enumerate(by_tile.items()):
         _write_tables(root, name, patches, np.random.default_rng((seed, index, TABLE_STREAM)))
 

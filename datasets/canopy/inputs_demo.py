@@ -5,8 +5,6 @@ percentile, and some have another one below; half of the open square metres have
 returns are noise, unclassified or hang in the air. One LAZ file (LAS 1.4, point format 6) for each km.
 """
 
-import shutil
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,7 @@ from tqdm import tqdm
 from datasets.canopy.demo import CELL, WATER
 from datasets.products.point_clouds import GPS_EPOCH, GPS_OFFSET, GROUND, UNCLASSIFIED, VEGETATION
 from datasets.products.point_clouds import WATER as WATER_CLASS
-from utils.errors import InputError
-from utils.simulated import MARK
+from utils.simulated import simulated_folder
 
 SIMULATION = 1  # version, part of the folder's name: raise it with every change of the files
 KM = 1000
@@ -51,21 +48,7 @@ def demo_cloud(place: Path, root: Path, seed: int = 2024) -> Path:
         InputError: the folder cannot be written.
     """
     folder = root / f"demo_cloud_v{SIMULATION}_seed{seed}"
-    if folder.exists():
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
-        try:
-            (beside / MARK).write_text("Points drawn by datasets/canopy/inputs_demo.py; nothing here was measured.\n")
-            _simulate(place, beside, seed)
-            beside.chmod(0o755)  # temporary folders are accessible to their owner only
-            beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"the simulated points could not be written to {root}: {error.strerror or error}") from error
-    return folder
+    return simulated_folder(folder, lambda beside: _simulate(place, beside, seed), "points")
 
 
 def _simulate(place: Path, folder: Path, seed: int) -> None:

@@ -7,8 +7,6 @@ round plots, one a parcel, with the diversity of their plants.
 
 import datetime
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 import geopandas
@@ -25,9 +23,8 @@ from datasets.demo_table import simulate_season
 from datasets.products import CLEAR, CLOUD
 from datasets.products.demo_safe import write_safe
 from datasets.published_grassland import BANDS
-from utils.errors import InputError
 from utils.rasters import Grid
-from utils.simulated import MARK
+from utils.simulated import simulated_folder
 
 SIMULATION = 1  # version, part of the folder's name: raise it with every change of the files
 SEED = 2028
@@ -57,21 +54,7 @@ def demo_inputs(folder: Path) -> tuple[Path, Path]:
     Raises:
         InputError: the folder cannot be written.
     """
-    root = folder / f"demo_series_v{SIMULATION}"
-    if not root.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=folder))
-            try:
-                _simulate(beside)
-                beside.chmod(0o755)  # temporary folders are accessible to their owner only
-                beside.rename(root)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-        except OSError as error:
-            raise InputError(
-                f"the simulated products could not be written to {folder}: {error.strerror or error}"
-            ) from error
+    root = simulated_folder(folder / f"demo_series_v{SIMULATION}", _simulate, "products")
     return root / "products", root / "places.gpkg"
 
 
@@ -88,7 +71,6 @@ def _simulate(root: Path) -> None:
     places.geometry = places.buffer(RADIUS)
     logging.getLogger("pyogrio").setLevel(logging.WARNING)  # Guild shows all information that is logged
     places.to_file(root / "places.gpkg", layer="places")
-    (root / MARK).write_text("Products drawn by datasets/place_series/demo.py; nothing here was measured.\n")
     for date in tqdm(range(0, len(days), EVERY), "Simulating products...", unit="product", leave=False):
         states = _states(rng)
         surface = seasons[:, date, ESA_ORDER].T[:, parcel] * (1 + GAIN_NOISE * rng.normal(size=(len(ESA_ORDER), 1, 1)))

@@ -10,8 +10,6 @@ lie the true heights of the canopy and the ground below it, from which other ins
     SIMULATED.txt                   says that nothing here was measured
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date, timedelta
@@ -34,9 +32,8 @@ from datasets.products.demo_safe import write_safe
 from datasets.products.demo_stac import write_stac
 from datasets.products.demo_theia import write_theia
 from datasets.products.product import CLEAR, CLOUD, MISSING, WATER
-from utils.errors import InputError
 from utils.rasters import Grid
-from utils.simulated import MARK
+from utils.simulated import simulated_folder
 
 SIMULATION = 1  # version, part of the folder's name: raise it with every change of the files
 ACROSS = 3  # landscapes along a side
@@ -82,24 +79,7 @@ def demo_products(root: Path, seed: int = 2024) -> Path:
         InputError: the folder cannot be written.
     """
     folder = root / f"demo_products_v{SIMULATION}_seed{seed}"
-    if folder.exists():
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
-        try:
-            _simulate(beside, seed)
-            beside.chmod(0o755)  # temporary folders are accessible to their owner only
-            try:
-                beside.rename(folder)
-            except OSError:
-                if not folder.exists():  # otherwise another process was faster, with the same files
-                    raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"the simulated products could not be written to {root}: {error.strerror or error}") from error
-    return folder
+    return simulated_folder(folder, lambda beside: _simulate(beside, seed), "products")
 
 
 def _simulate(folder: Path, seed: int) -> None:
@@ -107,7 +87,6 @@ def _simulate(folder: Path, seed: int) -> None:
     whole = canopy.Square(TILE, "", middle, CORNER[1] // 1000, 0, date(canopy.YEAR, 7, 1), ())  # for the orbit's edge
     acquisitions = canopy.draw_acquisitions([whole], (seed, 0), DATES)
     landscapes = list(tqdm(_landscapes(acquisitions, seed), "Simulating landscapes...", ACROSS**2, leave=False))
-    (folder / MARK).write_text("Products drawn by datasets/products/demo.py; nothing here was measured.\n")
     ground = _joined([seen.ground for seen in landscapes])
     _write_raster(folder / "heights.tif", _joined([seen.height for seen in landscapes]), 1, canopy.NO_HEIGHT)
     _write_raster(folder / "ground.tif", ground, canopy.CELL, None)
