@@ -353,7 +353,8 @@ class Run:
         document = {"out": str(self.out), "steps": steps, **results, "simulated": self.simulated, "time": round(seconds, 1)}
         write_json(Path("metrics.json"), {**document, "flags": self.flags, "versions": versions()})
         say(f"Tiles: {self.out}{' (simulated)' if self.simulated else ''}")
-        say(f"Next: guild run canopy data={self.out}")
+        if results:
+            say(f"Next: guild run canopy data={self.out}")
 
 
 if __name__ == "__main__":

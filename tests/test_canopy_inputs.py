@@ -24,6 +24,7 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 from test_guild import SHORT_CANOPY
 
+from datasets.canopy import inputs_lidar
 from datasets.canopy.catalogue import BANDS, NODATA
 from datasets.canopy.inputs_demo import write_laz
 from datasets.canopy.inputs_images import codes_of, quality_of
@@ -32,6 +33,8 @@ from datasets.products import CLEAR, CLOUD, MISSING, WATER, find_products
 from datasets.products.demo_safe import write_safe
 from datasets.products.demo_stac import write_stac
 from datasets.products.demo_theia import write_theia
+from datasets.products.point_clouds import PointFile, read_header
+from utils.errors import InputError
 from utils.rasters import Grid
 
 UTM = CRS.from_epsg(32631)
@@ -236,6 +239,24 @@ def test_points_that_cannot_be_used_are_refused(run_inputs: Runner, tmp_path: Pa
     path.write_bytes(path.read_bytes()[:-2000])
     refused(run_inputs("lidar=points", *flags), "a.laz cannot be read as LAS, LAZ or COPC; it may be truncated")
     assert not list((tmp_path / "tiles").rglob("*.tif"))
+
+
+def test_one_coordinate_system_may_be_written_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in IGN's files, of which some state codes and some a text; another system is refused."""
+    systems = {"a": LAMBERT, "b": LAMBERT, "c": ProjCRS.from_epsg(32631)}
+    for number, (name, crs) in enumerate(systems.items()):
+        write_laz(tmp_path / f"{name}.laz", forest(640_000 + 1000 * number, 6_504_000, 1000, 100, seed=1), crs)
+
+    def header(path: Path, given: ProjCRS | None) -> PointFile:
+        read = read_header(path, given)
+        return read._replace(crs=LAMBERT.to_wkt().replace("easting (X)", "easting")) if path.stem == "b" else read
+
+    monkeypatch.setattr(inputs_lidar, "read_header", header)
+    monkeypatch.chdir(tmp_path)
+    assert header(Path("a.laz"), None).crs != header(Path("b.laz"), None).crs
+    assert len(inputs_lidar.find_lidar("a.laz b.laz", tmp_path, None, None, print).points) == 2
+    with pytest.raises(InputError, match=r"a\.laz is in RGF93 v1 / Lambert-93, but .*c\.laz in WGS 84 / UTM zone 31N"):
+        inputs_lidar.find_lidar("a.laz b.laz c.laz", tmp_path, None, None, print)
 
 
 def test_a_cloud_of_ground_and_the_rest_is_spoken_of(run_inputs: Runner, tmp_path: Path) -> None:

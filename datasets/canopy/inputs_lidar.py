@@ -132,15 +132,19 @@ def find_lidar(lidar: str, folder: Path, crs: CRS | None, day: str | None, say: 
     given = pyproj.CRS.from_wkt(crs.to_wkt()) if crs else None
     with tqdm(paths, "Reading headers...", unit="file", leave=False) as bar:
         files = [read_header(path, given) for path in bar]
-    systems = {file.crs: file.path for file in files}
-    if len(systems) > 1:
-        (one, first), (other, second) = [(pyproj.CRS.from_wkt(wkt).name, path) for wkt, path in systems.items()][:2]
-        raise InputError(f"{first} is in {one}, but {second} in {other}; bring all points to one coordinate system first")
+    system = pyproj.CRS.from_wkt(files[0].crs)
+    for wkt, path in {file.crs: file.path for file in files}.items():
+        # Files of one system may name its parts and axes differently.
+        if not system.equals(other := pyproj.CRS.from_wkt(wkt), ignore_axis_order=True):
+            raise InputError(
+                f"{files[0].path} is in {system.name}, but {path} in {other.name}; bring all points to one "
+                f"coordinate system first"
+            )
     dated = sum(file.flight for file in files)
     if day is None and dated < len(files):
         say(f"The points of {len(files) - dated} files do not tell the date of the flight; that of the file counts")
     return Lidar(
-        _as_rasterio(pyproj.CRS.from_wkt(files[0].crs)),
+        _as_rasterio(system),
         tuple(files),
         (),
         tuple(file.bounds for file in files),
